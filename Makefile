@@ -1,0 +1,63 @@
+# make demo | test | test-slow | bench | lint | format | env
+# Each sets up .venv first (once). DETECTRON2=<wheel, folder or URL> adds Detectron2 to it.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PROJECT := projects/GroupSampling
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+PYTEST_ARGS ?=
+
+.PHONY: env demo test test-slow bench lint format clean
+
+$(VENV)/.dependencies: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements.lock
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.dependencies $(SOURCES)
+	@echo "Building the extension (minutes where a CUDA toolkit is found)"
+	$(PY) -m pip install --no-build-isolation --no-deps --verbose --editable . > $(VENV)/build.log 2>&1 \
+		|| { tail -n 40 $(VENV)/build.log; exit 1; }
+	@grep -hE "^ *group-sampling: (building|installing)" $(VENV)/build.log || true
+	@touch $@
+
+# Detectron2 is not on PyPI, where nobody owns its name: pip looks for it without an index, or takes what was named.
+env: $(VENV)/.extension
+	@if $(PY) -c 'import detectron2' 2> /dev/null && [ -z "$(DETECTRON2)" ]; then \
+		echo "Detectron2: found in $(VENV)"; \
+	elif [ -n "$(DETECTRON2)" ]; then \
+		$(PY) -m pip install --no-build-isolation --no-deps "$(DETECTRON2)" && \
+		$(PY) -m pip install -r requirements-detectron2.lock && \
+		$(PY) -c 'import detectron2'; \
+	elif $(PY) -m pip install --no-index --no-deps --only-binary :all: detectron2 > /dev/null 2>&1; then \
+		$(PY) -m pip install -r requirements-detectron2.lock && echo "Detectron2: installed from the configured find-links"; \
+	else \
+		echo "Detectron2: not found; going on with the torchvision engine (README.md, Install, tells how to add it)"; \
+	fi
+
+demo: env
+	$(PY) $(PROJECT)/tools/demo.py
+
+test: env
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: env
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+bench: env
+	$(PY) $(PROJECT)/benchmarks/bench_matcher.py
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: env
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+clean:
+	rm -rf $(VENV) build output

@@ -1,0 +1,172 @@
+"""Checkpoints that either engine reads, written whole or not at all.
+
+Both engines hold the same parameters under different names. A checkpoint of one engine, of the other, or a plain
+torchvision ResNet is recognised by its names and converted while it is loaded.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import Checkpointer
+from torch import Tensor
+
+from .files import atomic_file, write_atomically
+
+# torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
+# The eight hex digits are the start of the file's SHA-256, which torch.hub verifies.
+TORCHVISION_WEIGHTS = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+TORCHVISION_PREFIX = "torchvision://"
+
+# (Detectron2's name, torchvision's name); {s} stands for a number, {s-1} for that number minus one.
+_NAMES = (
+    ("backbone.bottom_up.stem.conv1.norm.", "backbone.body.bn1."),
+    ("backbone.bottom_up.stem.conv1.", "backbone.body.conv1."),
+    ("backbone.bottom_up.res{s}.{b}.shortcut.norm.", "backbone.body.layer{s-1}.{b}.downsample.1."),
+    ("backbone.bottom_up.res{s}.{b}.shortcut.", "backbone.body.layer{s-1}.{b}.downsample.0."),
+    ("backbone.bottom_up.res{s}.{b}.conv{c}.norm.", "backbone.body.layer{s-1}.{b}.bn{c}."),
+    ("backbone.bottom_up.res{s}.{b}.conv{c}.", "backbone.body.layer{s-1}.{b}.conv{c}."),
+    ("backbone.fpn_lateral{s}.norm.", "backbone.fpn.inner_blocks.{s-2}.1."),
+    ("backbone.fpn_output{s}.norm.", "backbone.fpn.layer_blocks.{s-2}.1."),
+    ("backbone.fpn_lateral{s}.", "backbone.fpn.inner_blocks.{s-2}.0."),
+    ("backbone.fpn_output{s}.", "backbone.fpn.layer_blocks.{s-2}.0."),
+    ("proposal_generator.rpn_head.", "rpn.head."),
+)
+_FIELD = re.compile(r"\{(\w)(?:-(\d))?\}")
+
+
+def _rule(source: str, target: str) -> tuple[re.Pattern, Callable[[re.Match], str]]:
+    """Compile one line of :data:`_NAMES` into a pattern for ``source`` and a function that writes ``target``."""
+    pattern, position = "", 0
+    shift_of = {}
+    for field in _FIELD.finditer(source):
+        pattern += re.escape(source[position : field.start()]) + rf"(?P<{field[1]}>\d+)"
+        shift_of[field[1]] = int(field[2] or 0)
+        position = field.end()
+    pattern += re.escape(source[position:])
+
+    def write(match: re.Match) -> str:
+        def number(field: re.Match) -> str:
+            return str(int(match[field[1]]) + shift_of[field[1]] - int(field[2] or 0))
+
+        return _FIELD.sub(number, target)
+
+    return re.compile(pattern), write
+
+
+_TO_TORCHVISION = [_rule(d2, tv) for d2, tv in _NAMES]
+_TO_DETECTRON2 = [_rule(tv, d2) for d2, tv in _NAMES]
+
+
+def convert_names(state_dict: Mapping[str, Tensor], naming: str) -> dict[str, Tensor]:
+    """Rename the parameters of a detector or of a torchvision ResNet to one engine's names.
+
+    Args:
+        state_dict: parameters named by Detectron2's engine, by torchvision's engine, or by a torchvision ResNet
+            classifier (whose ``fc`` layer is left out). The values are not copied.
+        naming: ``"detectron2"`` or ``"torchvision"``. Names that already fit, and unknown ones, stay as they are.
+    """
+    if naming not in ("detectron2", "torchvision"):
+        raise ValueError(f'convert_names: naming must be "detectron2" or "torchvision", got {naming!r}')
+    if "conv1.weight" in state_dict and "layer1.0.conv1.weight" in state_dict:
+        state_dict = {f"backbone.body.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
+    rules = _TO_DETECTRON2 if naming == "detectron2" else _TO_TORCHVISION
+    converted = {}
+    for name, value in state_dict.items():
+        for pattern, write in rules:
+            match = pattern.match(name)
+            if match:
+                name = write(match) + name[match.end() :]
+                break
+        converted[name] = value
+    return converted
+
+
+def resolve_weights(path: str) -> str:
+    """Turn ``MODEL.WEIGHTS`` into a local file; ``torchvision://resnet50`` is downloaded (and checked) by torch.hub.
+
+    Raises:
+        ValueError: unknown name after ``torchvision://``.
+        FileNotFoundError: the file does not exist, or the download failed.
+    """
+    if path.startswith(TORCHVISION_PREFIX):
+        name = path[len(TORCHVISION_PREFIX) :]
+        if name not in TORCHVISION_WEIGHTS:
+            raise ValueError(
+                f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by one of {sorted(TORCHVISION_WEIGHTS)}"
+            )
+        url = TORCHVISION_WEIGHTS[name]
+        local = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+        if not local.exists():
+            local.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, str(local), hash_prefix=url[:-4].rsplit("-", 1)[1])
+            except (OSError, RuntimeError) as error:
+                raise FileNotFoundError(
+                    f"MODEL.WEIGHTS is {path!r}, but {url} could not be downloaded ({error}). Set MODEL.WEIGHTS to a "
+                    f'local copy of that file (or put it at {local}), or to "" to train from scratch.'
+                ) from error
+        return str(local)
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(
+            f'MODEL.WEIGHTS is {path!r}: no such file. Set it to a checkpoint, to "{TORCHVISION_PREFIX}resnet50", '
+            'or to "" to train from scratch.'
+        )
+    return path
+
+
+class CheckpointMixin:
+    """Mixed into fvcore's ``Checkpointer`` or a subclass of it; the class it is mixed into states ``naming``.
+
+    Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
+    refuses a file of which no parameter fits the model.
+    """
+
+    naming: str
+
+    def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with atomic_file(path) as file:
+            torch.save(data, file)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self: Checkpointer, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_atomically(path, last_filename_basename.encode())
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().load(resolve_weights(path) if path else path, *args, **kwargs)
+
+    def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")):
+            raise ValueError(f"{filename}: pickled weights can run code and are not loaded; convert them to a .pth file")
+        try:
+            checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{filename}: not a checkpoint that torch.load(weights_only=True) reads: {error}") from error
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{filename}: expected a dict of parameters, found {type(checkpoint).__name__}")
+        if "model" not in checkpoint:
+            checkpoint = {"model": checkpoint}
+        model = convert_names(checkpoint["model"], self.naming)
+        if not model.keys() & self.model.state_dict().keys():
+            raise ValueError(
+                f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs to this model"
+            )
+        checkpoint["model"] = model
+        return checkpoint

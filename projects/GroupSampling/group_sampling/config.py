@@ -1,0 +1,47 @@
+"""The keys this project adds to Detectron2's config, each with its source in the paper.
+
+Keys that Detectron2 already has keep their name and meaning (``MODEL.RPN.IOU_THRESHOLDS`` are λ2 and λ1,
+``MODEL.RPN.POSITIVE_FRACTION`` is the 1:3, ...); their values from the paper stand in ``configs/Base-GroupSampling.yaml``.
+"""
+
+from fvcore.common.config import CfgNode
+
+# Paper, Sec. 5: training images are resized by 0.25 * n, n = 1 ... 8.
+SCALE_JITTER = tuple(0.25 * n for n in range(1, 9))
+
+
+def add_group_sampling_config(cfg: CfgNode) -> None:
+    """Add the keys of this project to ``cfg`` (Detectron2's, or the torchvision engine's) without changing any other."""
+    node = type(cfg)  # Detectron2 checks that children are of its own CfgNode class
+
+    gs = cfg.MODEL.GROUP_SAMPLING = node()
+    # "group": N samples of every scale (Sec. 4.2). "uniform": MODEL.RPN.BATCH_SIZE_PER_IMAGE samples over all anchors.
+    gs.SAMPLER = "group"
+    # N of every scale, positives and negatives together (Sec. 6.2, Fig. 4: accuracy saturates at 2,048).
+    gs.SAMPLES_PER_GROUP = 2048
+    # Which anchors the second matching pass promotes for a face without a positive (Sec. 4.1): "all", "best" or "none".
+    gs.SECOND_PASS = "all"
+    # A negative anchor whose area lies in one ignore region (WIDER FACE "invalid") by this share is not sampled.
+    gs.IGNORE_IOA = 0.5
+
+    # Factors of the random resize; applied together with INPUT.CROP (TYPE "absolute") and INPUT.RANDOM_FLIP.
+    cfg.INPUT.SCALE_JITTER = SCALE_JITTER
+    # A face of which less than this share of its area is left after the crop is dropped.
+    cfg.INPUT.MIN_VISIBLE = 0.5
+
+    # Data sets declared by a line of the config; paths are relative to $DETECTRON2_DATASETS.
+    cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
+    cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list of image paths]), ...)
+    # The built-in procedural faces: synthetic_faces_train and synthetic_faces_val.
+    synthetic = cfg.DATASETS.SYNTHETIC = node()
+    synthetic.NUM_TRAIN = 2000
+    synthetic.NUM_VAL = 200
+    synthetic.HEIGHT = 480
+    synthetic.WIDTH = 640
+    synthetic.SEED = 0
+
+    # Training stops when more than this share of the images drawn could not be read.
+    cfg.DATALOADER.MAX_BAD_SHARE = 0.05
+
+    # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
+    cfg.TEST.WIDER_GROUND_TRUTH = ""

@@ -1,0 +1,200 @@
+"""From a config to the core's objects: the steps that are equal for both engines."""
+
+import difflib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+from ..data.catalog import load_dataset
+from ..data.loader import build_train_loader, filter_empty
+from ..data.records import ImageRecord
+from ..data.transforms import TestTransform, TrainTransform
+from ..evaluation import WiderFaceAP, write_predictions
+from ..targets import AnchorCriterion, AnchorSampler
+
+logger = logging.getLogger(__name__)
+
+# The ROI heads that pass the proposals of a single-stage detector on as its detections.
+SINGLE_STAGE_HEADS = "ProposalDetections"
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something that cannot be done; the message names the key."""
+
+
+def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+    """Merge a YAML file (with its ``_BASE_``) and command-line overrides into ``cfg``.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type, naming file and key.
+        FileNotFoundError: no such file.
+    """
+    where = config_file
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+        where = "command line"
+        if len(opts) % 2:
+            raise ConfigError(f"command line: expected pairs KEY VALUE after the options, got {list(opts)}")
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError) as error:  # yacs: unknown key in a file, on the command line
+        key = str(error.args[0] if error.args else error).rsplit(": ", 1)[-1]
+        close = difflib.get_close_matches(key, list(_keys(cfg)), n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{where}: this engine knows no key {key}.{hint}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not plain YAML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> None:
+    """Refuse every key of ``allowed`` whose value is not among those given for it.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
+    for key, values in allowed.items():
+        value = get_value(cfg, key)
+        if value not in values:
+            raise ConfigError(f"{key} is {value!r}, but must be {' or '.join(map(repr, values))}: {reason}")
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuse what neither engine can run, naming the key."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
+            "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
+        )
+    if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
+        raise ConfigError(
+            "MODEL.RPN.IOU_THRESHOLDS must be [λ2, λ1] and MODEL.RPN.IOU_LABELS [0, -1, 1], got "
+            f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
+        )
+    if cfg.MODEL.ANCHOR_GENERATOR.OFFSET != 0.0:
+        raise ConfigError(
+            f"MODEL.ANCHOR_GENERATOR.OFFSET must be 0, got {cfg.MODEL.ANCHOR_GENERATOR.OFFSET}: with another value the "
+            "anchors of sub-sampled cells would not lie on those of the full grid"
+        )
+    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute":
+        raise ConfigError(f'INPUT.CROP.TYPE must be "absolute" (pixels after the resize), got {cfg.INPUT.CROP.TYPE!r}')
+    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
+        raise ConfigError(f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}')
+    if cfg.INPUT.FORMAT != "RGB":
+        raise ConfigError(f'INPUT.FORMAT must be "RGB", as torchvision\'s weights expect, got {cfg.INPUT.FORMAT!r}')
+    if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
+
+
+def run_seed(cfg: CfgNode) -> int:
+    """``SEED``, or with -1 a number that differs from run to run."""
+    return cfg.SEED if cfg.SEED >= 0 else torch.initial_seed() % 2**31
+
+
+def build_criterion(cfg: CfgNode) -> AnchorCriterion:
+    rpn, gs = cfg.MODEL.RPN, cfg.MODEL.GROUP_SAMPLING
+    neg_iou, pos_iou = rpn.IOU_THRESHOLDS
+    sampler = AnchorSampler(
+        gs.SAMPLER,
+        num_samples=gs.SAMPLES_PER_GROUP if gs.SAMPLER == "group" else rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        pos_iou=pos_iou,
+        neg_iou=neg_iou,
+        second_pass=gs.SECOND_PASS,
+        ignore_ioa=gs.IGNORE_IOA,
+        seed=run_seed(cfg),
+    )
+    return AnchorCriterion(sampler, box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA)
+
+
+def build_train_transform(cfg: CfgNode) -> TrainTransform:
+    return TrainTransform(
+        scales=tuple(cfg.INPUT.SCALE_JITTER),
+        crop_size=tuple(cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else (2**31, 2**31),
+        flip_prob=0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+        min_visible=cfg.INPUT.MIN_VISIBLE,
+    )
+
+
+def build_test_transform(cfg: CfgNode) -> TestTransform:
+    return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def load_records(cfg: CfgNode, names: Sequence[str]) -> list[ImageRecord]:
+    """The images of several data sets, one after the other."""
+    return [record for name in names for record in load_dataset(name, cfg.DATASETS)]
+
+
+def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: int, start_iter: int):
+    """The training loader of both engines; iteration i of a run has the same images whether it was resumed or not."""
+    records = load_records(cfg, cfg.DATASETS.TRAIN)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = filter_empty(records)
+    if not records:
+        raise ConfigError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image to train on")
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the {world_size} processes")
+    return build_train_loader(
+        records,
+        build_train_transform(cfg),
+        to_example,
+        seed=run_seed(cfg),
+        images_per_batch=cfg.SOLVER.IMS_PER_BATCH // world_size,
+        rank=rank,
+        world_size=world_size,
+        start_batch=start_iter,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
+    )
+
+
+def evaluate_detections(
+    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, tuple]
+) -> dict[str, float]:
+    """Score a data set's detections and write them, the AP table, JSON and PR curves under ``OUTPUT_DIR/inference``.
+
+    Args:
+        records: the images of ``dataset_name``.
+        detections: image_id -> (boxes (k, 4) XYXY in pixels of the original image, scores (k,), anchor_scales (k,)).
+
+    Returns:
+        AP in percent: ``AP_all``, ``AP@16``, ..., and ``AP_easy``, ``AP_medium``, ``AP_hard`` with the official files.
+    """
+    scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
+    if cfg.TEST.WIDER_GROUND_TRUTH:
+        metric = WiderFaceAP.from_official(cfg.TEST.WIDER_GROUND_TRUTH, scales=scales)
+    else:
+        metric = WiderFaceAP.from_records(records, scales=scales)
+    for image_id, (boxes, scores, anchor_scales) in detections.items():
+        metric.update(image_id, boxes, scores, anchor_scales)
+    result = metric.compute()
+
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    os.makedirs(folder, exist_ok=True)
+    for image_id, (boxes, scores, _) in detections.items():
+        write_predictions(os.path.join(folder, "predictions"), image_id, boxes, scores)
+    result.to_json(os.path.join(folder, "results.json"))
+    result.plot(os.path.join(folder, "pr_curves.png"))
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
+    return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}

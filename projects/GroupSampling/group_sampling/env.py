@@ -1,0 +1,56 @@
+"""``python -m group_sampling.env``: what this environment can do, and why it cannot do the rest."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from .data.catalog import dataset_names, missing_paths
+from .engines import resolve_engine
+from .ops import extension_status
+from .version import __version__
+
+
+def collect_env() -> list[tuple[str, str]]:
+    """Names and values: versions, devices, the extension, the engine that ``auto`` takes, the data sets found."""
+    rows = [
+        ("group_sampling", f"{__version__} ({os.path.dirname(os.path.abspath(__file__))})"),
+        ("Python", f"{sys.version.split()[0]} on {platform.platform()}"),
+        ("CPU", f"{os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"),
+    ]
+    for package in ("torch", "torchvision", "numpy", "fvcore", "detectron2"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        rows.append(("GPU", f"{', '.join(names)} (CUDA {torch.version.cuda})"))
+    else:
+        rows.append(("GPU", f"none visible (torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"))
+
+    status = extension_status()
+    if status.loaded:
+        rows.append(("extension", "CPU and CUDA" if status.cuda else f"CPU only: {status.reason}"))
+        rows += [(f"  {key}", str(value)) for key, value in status.build_info.items()]
+    else:
+        rows.append(("extension", f"missing, the torch reference runs instead: {status.reason}"))
+    rows.append(("engine auto", resolve_engine("auto")))
+
+    rows.append(("data root", os.environ.get("DETECTRON2_DATASETS", "datasets") + " ($DETECTRON2_DATASETS)"))
+    for name in dataset_names():
+        missing = missing_paths(name)
+        rows.append((f"  {name}", f"missing {', '.join(missing)}" if missing else "found"))
+    return rows
+
+
+def main() -> None:
+    rows = collect_env()
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+if __name__ == "__main__":
+    main()

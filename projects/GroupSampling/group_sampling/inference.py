@@ -1,0 +1,104 @@
+"""From head outputs to detections, for both engines: top-k, decoding, NMS, and the anchor scale of every detection."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, clip_boxes_to_image, nms
+
+from .anchors import AnchorGrid
+from .boxes import decode_boxes
+
+
+class Proposals(NamedTuple):
+    """Boxes of one image, best first."""
+
+    boxes: Tensor  # (k, 4) XYXY in input pixels, clipped to the image
+    logits: Tensor  # (k,) face logit minus background logit
+    anchor_scales: Tensor  # (k,) scale of the anchor that produced the box
+
+
+def flatten_predictions(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Bring a head's per-level maps into the order of :meth:`AnchorGrid.boxes`.
+
+    Args:
+        logits: per level (B, A, H, W).
+        deltas: per level (B, 4 * A, H, W).
+
+    Returns:
+        (B, n) and (B, n, 4).
+    """
+    flat_logits = [level.permute(0, 2, 3, 1).flatten(1) for level in logits]
+    flat_deltas = [
+        level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas
+    ]
+    return torch.cat(flat_logits, dim=1), torch.cat(flat_deltas, dim=1)
+
+
+@torch.no_grad()
+def select_proposals(
+    grid: AnchorGrid,
+    logits: Tensor,
+    deltas: Tensor,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    pre_nms_topk: int,
+    post_nms_topk: int,
+    nms_thresh: float,
+    min_size: float = 0.0,
+) -> list[Proposals]:
+    """The best boxes of every image: top-k of each level, decoded, clipped, NMS within a level, top-k over all levels.
+
+    Only the top-k anchors are decoded. Boxes or logits that are not finite are left out.
+
+    Args:
+        grid: n anchors.
+        logits: (B, n).
+        deltas: (B, n, 4).
+        image_sizes: B pairs (height, width) without padding.
+        pre_nms_topk: kept per level before NMS.
+        post_nms_topk: kept per image after NMS.
+        nms_thresh: IoU above which the lower-scoring box is removed; 1 or more skips NMS.
+        min_size: boxes with a side not longer than this many pixels are removed.
+    """
+    anchors = grid.boxes(device=logits.device)
+    group_ids = grid.group_ids(device=logits.device)
+    scales = torch.tensor(grid.scales, device=logits.device)
+    indices, levels, start = [], [], 0
+    for level, size in enumerate(grid.level_sizes):
+        top = logits[:, start : start + size].topk(min(pre_nms_topk, size), dim=1).indices + start
+        indices.append(top)
+        levels.append(torch.full_like(top, level))
+        start += size
+    index, level_ids = torch.cat(indices, dim=1), torch.cat(levels, dim=1)
+
+    results = []
+    for rows, level, image_logits, image_deltas, (height, width) in zip(index, level_ids, logits, deltas, image_sizes):
+        scores = image_logits[rows].float()
+        boxes = decode_boxes(image_deltas[rows].float(), anchors[rows])
+        finite = boxes.isfinite().all(dim=1) & scores.isfinite()
+        boxes = clip_boxes_to_image(boxes, (height, width))
+        keep = (finite & ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(dim=1)).nonzero().squeeze(1)
+        if nms_thresh < 1:
+            keep = keep[batched_nms(boxes[keep], scores[keep], level[keep], nms_thresh)]
+        else:
+            keep = keep[scores[keep].argsort(descending=True, stable=True)]
+        keep = keep[:post_nms_topk]
+        results.append(Proposals(boxes[keep], scores[keep], scales[group_ids[rows[keep]]]))
+    return results
+
+
+@torch.no_grad()
+def proposals_to_detections(
+    proposals: Proposals, *, score_thresh: float, nms_thresh: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the proposals of a single-stage detector into its detections: softmax score, threshold, NMS, top-k.
+
+    Returns:
+        boxes (k, 4), scores (k,) in [0, 1] best first, anchor_scales (k,).
+    """
+    scores = proposals.logits.sigmoid()
+    keep = (scores > score_thresh).nonzero().squeeze(1)
+    keep = keep[nms(proposals.boxes[keep], scores[keep], nms_thresh)[:max_detections]]
+    return proposals.boxes[keep], scores[keep], proposals.anchor_scales[keep]

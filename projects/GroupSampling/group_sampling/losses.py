@@ -1,0 +1,41 @@
+"""Losses of the paper, unreduced: one value per box.
+
+``iou_l2`` is ‖1 − IoU‖² (Eq. 2); ``iou_log`` is UnitBox's −ln IoU and ``smooth_l1`` acts on the deltas (both Table 3).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import decode_boxes, encode_boxes, paired_iou
+
+BOX_LOSSES = ("iou_l2", "iou_log", "smooth_l1")
+
+# −ln IoU of disjoint boxes would be infinite; IoU is floored here, which caps the loss at 13.8 and its gradient at 0.
+MIN_IOU = 1e-6
+
+
+def box_loss(kind: str, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, smooth_l1_beta: float = 0.0) -> Tensor:
+    """Regression loss of each predicted box (Sec. 4.3 and Table 3).
+
+    Args:
+        kind: one of :data:`BOX_LOSSES`.
+        deltas: (..., 4) predicted deltas, see :func:`group_sampling.boxes.decode_boxes`.
+        anchors, gt_boxes: (..., 4) XYXY in input pixels.
+        smooth_l1_beta: where smooth-L1 turns from quadratic to linear; 0 is plain L1.
+
+    Returns:
+        (...) loss per box: IoU losses from the decoded box, smooth-L1 summed over the four deltas.
+
+    Raises:
+        ValueError: unknown ``kind``.
+    """
+    if kind == "smooth_l1":
+        targets = encode_boxes(gt_boxes, anchors)
+        return F.smooth_l1_loss(deltas, targets, beta=smooth_l1_beta, reduction="none").sum(dim=-1)
+    if kind not in BOX_LOSSES:
+        raise ValueError(f"box_loss: kind must be one of {BOX_LOSSES}, got {kind!r}")
+    iou = paired_iou(decode_boxes(deltas, anchors), gt_boxes)
+    if kind == "iou_l2":
+        return (1 - iou) ** 2
+    return -torch.log(iou.clamp(min=MIN_IOU))

@@ -1,0 +1,254 @@
+"""An HTML report that sets several training runs side by side, from the files that either engine leaves."""
+
+import html
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .data.records import ImageRecord, read_image
+from .evaluation import WiderFaceAP, read_predictions
+from .files import write_atomically
+
+# Detections below this score are not drawn.
+DRAW_SCORE = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """The output folder of one training run.
+
+    Attributes:
+        name: what the report calls it.
+        folder: its ``OUTPUT_DIR``: ``metrics.json`` and ``inference/<data set>/`` are read.
+    """
+
+    name: str
+    folder: Path
+
+    def metrics(self) -> list[dict]:
+        """The lines of ``metrics.json``; a line that a killed run cut short is left out."""
+        rows = []
+        for line in (self.folder / "metrics.json").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of one scalar."""
+        rows = [(row["iteration"], row[key]) for row in self.metrics() if key in row]
+        return [row[0] for row in rows], [row[1] for row in rows]
+
+    def samples_per_scale(self) -> dict[str, tuple[float, float]]:
+        """Mean number of positives and negatives of every anchor scale in an image, over the whole run."""
+        keys = {key.split("@")[1] for row in self.metrics() for key in row if key.startswith("rpn/num_pos@")}
+        return {
+            scale: tuple(float(np.mean(self.series(f"rpn/{kind}@{scale}")[1])) for kind in ("num_pos", "num_neg"))
+            for scale in sorted(keys, key=float)
+        }
+
+    def results(self, dataset: str) -> dict:
+        return json.loads((self.folder / "inference" / dataset / "results.json").read_text())
+
+    def predictions(self, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """image_id -> boxes (k, 4) XYXY and scores (k,)."""
+        folder = self.folder / "inference" / dataset / "predictions"
+        return {image.image_id: (image.boxes, image.scores) for image in read_predictions(folder)}
+
+
+def write_report(
+    runs: Sequence[Run], dataset: str, records: Sequence[ImageRecord], folder: Path, *, title: str, notes: Sequence[str] = ()
+) -> Path:
+    """Write ``report.html`` and its PNGs.
+
+    Args:
+        runs: the runs to compare, all evaluated on ``dataset``.
+        records: the images of ``dataset``.
+        folder: where to write; is created.
+        notes: paragraphs under the title, plain text.
+
+    Returns:
+        The path of ``report.html``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    predictions = {run.name: run.predictions(dataset) for run in runs}
+    figures: list[tuple[str, str, str, Callable]] = [
+        (
+            "samples_per_scale.png",
+            "Training samples of every scale",
+            "Positives and negatives that the classifier saw in an image, averaged over the training (paper, Fig. 2).",
+            lambda path: plot_samples(runs, path),
+        ),
+        (
+            "pr_curves.png",
+            "Precision and recall",
+            "All faces, WIDER FACE protocol.",
+            lambda path: plot_curves(predictions, records, path),
+        ),
+        (
+            "training_curves.png",
+            "Training",
+            "Loss of the drawn anchors, smoothed over 5 points.",
+            lambda path: plot_training(runs, path),
+        ),
+    ]
+    for file, heading, record in _example_images(records):
+        figures.append(
+            (
+                file,
+                heading,
+                f"{record.image_id}: detections with a score of at least {DRAW_SCORE}; green dashes are the annotated faces.",
+                lambda path, record=record: plot_detections(predictions, record, path),
+            )
+        )
+    for file, _, _, draw in figures:
+        draw(folder / file)
+    write_atomically(folder / "report.html", _page(runs, dataset, figures, title, notes).encode())
+    return folder / "report.html"
+
+
+def _page(runs, dataset, figures, title, notes) -> str:
+    sections = "\n".join(
+        f'<h2>{html.escape(heading)}</h2>\n<p>{html.escape(caption)}</p>\n<img src="{file}" alt="{html.escape(heading)}">'
+        for file, heading, caption, _ in figures
+    )
+    paragraphs = "\n".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .3em 1em; text-align: right; border-bottom: 1px solid #ccc; }}
+th:first-child, td:first-child {{ text-align: left; }} img {{ max-width: 100%; }}
+</style></head>
+<body>
+<h1>{html.escape(title)}</h1>
+{paragraphs}
+<h2>Average precision (%)</h2>
+<p>Data set {html.escape(dataset)}, WIDER FACE protocol. @s: faces nearest to anchor scale s, detections of its anchors.</p>
+{_ap_table(runs, dataset)}
+{sections}
+</body>
+</html>
+"""
+
+
+def _ap_table(runs: Sequence[Run], dataset: str) -> str:
+    results = {run.name: run.results(dataset)["ap"] for run in runs}
+    subsets = list(next(iter(results.values())))
+    best = {s: max((ap[s] for ap in results.values() if ap[s] is not None), default=None) for s in subsets}
+    head = "".join(f"<th>{html.escape(s.capitalize())}</th>" for s in subsets)
+    rows = ""
+    for name, ap in results.items():
+        cells = "".join(
+            "<td>n/a</td>" if ap[s] is None else f"<td>{_emphasise(f'{100 * ap[s]:.1f}', ap[s] == best[s])}</td>" for s in subsets
+        )
+        rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>\n"
+    return f"<table><tr><th></th>{head}</tr>\n{rows}</table>"
+
+
+def _emphasise(text: str, is_best: bool) -> str:
+    return f"<b>{text}</b>" if is_best else text
+
+
+def _example_images(records: Sequence[ImageRecord]) -> list[tuple[str, str, ImageRecord]]:
+    """An image with large faces, one with tiny faces and one with many."""
+
+    def sizes(record: ImageRecord) -> np.ndarray:
+        boxes = record.boxes[~record.ignore]
+        return np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+
+    with_faces = [record for record in records if (~record.ignore).any()]
+    if not with_faces:
+        return []
+    choices = (
+        ("detections_large.png", "Large faces", lambda s: np.sum((s >= 64) & (s <= 180))),
+        ("detections_tiny.png", "Tiny faces", lambda s: np.sum((s >= 10) & (s < 24))),
+        ("detections_many.png", "Many faces", len),
+    )
+    return [(file, heading, max(with_faces, key=lambda r, k=key: k(sizes(r)))) for file, heading, key in choices]
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _save(figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
+
+
+def plot_samples(runs: Sequence[Run], path: Path) -> None:
+    """Bars of positives and negatives of every scale, a panel a run (paper, Fig. 2)."""
+    figure = _figure(5 * len(runs), 4)
+    for axes, run in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs):
+        samples = run.samples_per_scale()
+        position = np.arange(len(samples))
+        for offset, (label, column) in zip((-0.2, 0.2), (("positives", 0), ("negatives", 1))):
+            values = [counts[column] for counts in samples.values()]
+            bars = axes.bar(position + offset, values, 0.4, label=label, color=f"C{column}")
+            axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        axes.set_xticks(position, list(samples))
+        axes.set(title=run.name, xlabel="anchor scale (px)", ylabel="samples per image")
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_curves(predictions: Mapping[str, Mapping], records: Sequence[ImageRecord], path: Path) -> None:
+    """Precision over recall of every run on all faces."""
+    figure = _figure(6, 5)
+    axes = figure.subplots()
+    for name, images in predictions.items():
+        metric = WiderFaceAP.from_records(records)
+        for image_id, (boxes, scores) in images.items():
+            metric.update(image_id, boxes, scores)
+        result = metric.compute()
+        axes.plot(*result.curves["all"], label=f"{name} (AP {100 * result.ap['all']:.1f})")
+    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.01), ylim=(0, 1.01))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    _save(figure, path)
+
+
+def plot_training(runs: Sequence[Run], path: Path) -> None:
+    """Classification and regression loss over the iterations."""
+    figure = _figure(10, 4)
+    for axes, key in zip(figure.subplots(1, 2), ("loss_rpn_cls", "loss_rpn_loc")):
+        for run in runs:
+            iterations, values = run.series(key)
+            window = min(5, len(values))
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(iterations[window - 1 :], smooth, label=run.name)
+        axes.set(title=key, xlabel="iteration", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_detections(predictions: Mapping[str, Mapping], record: ImageRecord, path: Path) -> None:
+    """One image, a panel a run: detections solid with their score, annotated faces dashed."""
+    from matplotlib.patches import Rectangle
+
+    image = read_image(record)
+    height, width = image.shape[:2]
+    figure = _figure(7 * len(predictions), 7 * height / width + 0.5)
+    for axes, (name, images) in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions.items()):
+        axes.imshow(image)
+        axes.axis("off")
+        for x1, y1, x2, y2 in record.boxes[~record.ignore]:
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime", linestyle="--", linewidth=1))
+        boxes, scores = images.get(record.image_id, (np.zeros((0, 4)), np.zeros(0)))
+        shown = scores >= DRAW_SCORE
+        for (x1, y1, x2, y2), score in zip(boxes[shown], scores[shown]):
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="red", linewidth=1.5))
+            axes.text(x1, y1, f"{score:.2f}", fontsize=6, color="white", backgroundcolor=(1, 0, 0, 0.6), va="bottom")
+        axes.set_title(f"{name}: {shown.sum()} detections, {(~record.ignore).sum()} faces")
+    _save(figure, path)

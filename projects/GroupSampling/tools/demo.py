@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""The demo: train FPN-finest and FPN-finest-sampling on the built-in faces, evaluate both and write a report.
+
+    python projects/GroupSampling/tools/demo.py
+    python projects/GroupSampling/tools/demo.py --seeds 0 1 2    # mean and spread over seeds
+
+Both runs differ in MODEL.GROUP_SAMPLING.SAMPLER alone. A run that is complete is not repeated unless --fresh is given.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from group_sampling.data.catalog import load_dataset
+from group_sampling.engines import ENGINES, resolve_engine
+from group_sampling.files import write_atomically
+from group_sampling.report import Run, write_report
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CONFIGS = REPOSITORY / "projects/GroupSampling/configs/quick"
+DETECTORS = {"FPN-finest": "demo_fpn_finest", "FPN-finest-sampling": "demo_fpn_finest_sampling"}
+DATASET = "synthetic_faces_val"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "output/demo")
+    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--json", type=Path, help="also write the AP of every seed, mean and spread to this file")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that are complete")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
+    return parser.parse_args()
+
+
+def train(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> None:
+    """Run train_net.py with a progress bar fed from its metrics.json; its own output goes to console.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--engine", engine]
+    command += ["--config-file", str(CONFIGS / f"{config}.yaml"), "OUTPUT_DIR", str(folder), "SEED", str(seed), *opts]
+    console = folder / "console.txt"
+    with console.open("w") as log, tqdm(desc=title, unit="it", dynamic_ncols=True) as bar:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY)
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                show_progress(bar, folder)
+        except BaseException:
+            process.terminate()
+            raise
+        show_progress(bar, folder)
+    if process.returncode != 0:
+        tail = "\n".join(console.read_text().splitlines()[-20:])
+        sys.exit(f"{title} failed with exit code {process.returncode}; the end of {console}:\n{tail}")
+
+
+def show_progress(bar: tqdm, folder: Path) -> None:
+    if not (folder / "metrics.json").exists():
+        return
+    rows = [row for row in Run("", folder).metrics() if "total_loss" in row]
+    if not rows:
+        return
+    bar.total = bar.total or yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"]
+    bar.set_postfix_str(
+        "evaluating" if rows[-1]["iteration"] + 1 >= bar.total else f"loss {rows[-1]['total_loss']:.3f}", refresh=False
+    )
+    bar.update(rows[-1]["iteration"] + 1 - bar.n)
+
+
+def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str, minutes: float) -> dict:
+    """AP in percent of every detector: each seed, mean and standard deviation (n - 1)."""
+    summary = {
+        "engine": engine,
+        "seeds": seeds,
+        "data_set": DATASET,
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "minutes": round(minutes, 1),
+        "ap_percent": {},
+    }
+    for name, seeds_of_run in runs.items():
+        results = [run.results(DATASET)["ap"] for run in seeds_of_run]
+        summary["ap_percent"][name] = {
+            subset: {
+                "seeds": [round(100 * ap[subset], 2) for ap in results],
+                "mean": round(100 * float(np.mean([ap[subset] for ap in results])), 2),
+                "std": round(100 * float(np.std([ap[subset] for ap in results], ddof=1)), 2) if len(results) > 1 else None,
+            }
+            for subset in results[0]
+        }
+    return summary
+
+
+def main() -> None:
+    args = parse_args()
+    engine = resolve_engine(args.engine)
+    print(f"engine: {engine}")
+    start = time.time()
+    runs: dict[str, list[Run]] = {name: [] for name in DETECTORS}
+    jobs = [(seed, name) for seed in args.seeds for name in DETECTORS]
+    for number, (seed, name) in enumerate(jobs, 1):
+        run = Run(name, args.output / f"seed{seed}" / DETECTORS[name])
+        done = run.folder / "inference" / DATASET / "results.json"
+        title = f"[{number}/{len(jobs)}] {name}, seed {seed}"
+        if args.fresh or not done.exists():
+            shutil.rmtree(run.folder, ignore_errors=True)
+            train(DETECTORS[name], engine, run.folder, seed, args.opts, title)
+        else:
+            print(f"{title}: complete in {run.folder} (--fresh repeats it)")
+        runs[name].append(run)
+
+    summary = summarise(runs, args.seeds, engine, (time.time() - start) / 60)
+    content = json.dumps(summary, indent=2) + "\n"
+    write_atomically(args.output / "summary.json", content.encode())
+    if args.json:
+        write_atomically(args.json, content.encode())
+
+    first = [seeds_of_run[0] for seeds_of_run in runs.values()]
+    config = yaml.safe_load((first[0].folder / "config.yaml").read_text())
+    notes = [
+        f"Both detectors were trained from scratch by train_net.py on the {engine} engine with the same seed, data and schedule: "
+        f"{config['SOLVER']['MAX_ITER']} iterations of {config['SOLVER']['IMS_PER_BATCH']} crops. They differ in "
+        "MODEL.GROUP_SAMPLING.SAMPLER alone."
+    ]
+    for name, subsets in summary["ap_percent"].items():
+        if len(args.seeds) > 1:
+            values = ", ".join(f"{subset.capitalize()} {v['mean']:.1f} ± {v['std']:.1f}" for subset, v in subsets.items())
+            notes.append(f"{name} over seeds {args.seeds}: {values}. The table and figures below are of seed {args.seeds[0]}.")
+        print(f"{name:22s}" + "".join(f"  {subset.capitalize()} {v['mean']:5.1f}" for subset, v in subsets.items()))
+    report = write_report(
+        first,
+        DATASET,
+        load_dataset(DATASET, config["DATASETS"]),
+        args.output,
+        title="FPN-finest against FPN-finest-sampling",
+        notes=notes,
+    )
+    print(f"report: {report}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What every test needs, and the closing summary that says what a run covered and what it could not."""
+
+import importlib.util
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# No deadline: a busy machine is not a failure. derandomize: a red run is red again.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real annotations and photographs, which are not ours to ship."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real WIDER FACE data is absent (../shared/data)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _restore_generators():
+    """A test that seeds a global generator must not change what the next one draws."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() or os.environ.get("GS_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU is visible"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    from group_sampling.ops import extension_status
+
+    status = extension_status()
+    has_detectron2 = importlib.util.find_spec("detectron2") is not None
+    write = terminalreporter.write_line
+    terminalreporter.section("what this run covered")
+    has_gpu, has_data = torch.cuda.is_available(), SHARED_DATA.is_dir()
+    write(f"engines   : torchvision{', detectron2' if has_detectron2 else '; Detectron2 is not installed (README.md, Install)'}")
+    if not status.loaded:
+        operators = f"torch reference only; no extension: {status.reason}"
+    elif status.cuda:
+        operators = "torch reference, C++, CUDA sources compiled"
+    else:
+        operators = f"torch reference, C++; no CUDA kernels: {status.reason}"
+    write(f"operators : {operators}")
+    write(f"devices   : cpu{', cuda' if has_gpu else '; no GPU is visible, so no CUDA kernel was run'}")
+    write(f"data      : synthetic{', real WIDER FACE' if has_data else '; real WIDER FACE data is absent (../shared/data)'}")
+    write(f"selection : {config.getoption('-m') or 'all tests'}")
+    reasons = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    for reason, count in sorted(reasons.items()):
+        write(f"skipped   : {count} x {reason}")

@@ -1,0 +1,117 @@
+"""Box coding, paired IoU and the regression losses: hand-worked numbers, limits and gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from group_sampling.boxes import MAX_LOG_SCALE, decode_boxes, encode_boxes, paired_iou
+from group_sampling.losses import BOX_LOSSES, MIN_IOU, box_loss
+
+COORDINATE = st.floats(-500, 500, width=32)
+SIDE = st.floats(1, 500, width=32)
+
+
+@st.composite
+def boxes(draw):
+    x, y = draw(COORDINATE), draw(COORDINATE)
+    return torch.tensor([[x, y, x + draw(SIDE), y + draw(SIDE)]], dtype=torch.float64)
+
+
+def test_decode_by_hand():
+    anchor = torch.tensor([[0.0, 0.0, 16.0, 32.0]])  # centre (8, 16)
+    deltas = torch.tensor([[0.5, -0.25, math.log(2), 0.0]])  # centre (16, 8), size 32 x 32
+    assert torch.allclose(decode_boxes(deltas, anchor), torch.tensor([[0.0, -8.0, 32.0, 24.0]]), atol=1e-5)
+
+
+def test_decode_caps_the_size():
+    box = decode_boxes(torch.tensor([[0.0, 0.0, 50.0, 0.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]))
+    assert box[0, 2] - box[0, 0] == pytest.approx(16 * math.exp(MAX_LOG_SCALE), rel=1e-6)
+
+
+@given(boxes(), boxes())
+def test_decode_inverts_encode(box, anchor):
+    # Sizes differ by at most a factor of 500 here, but the cap of 62.5 must not be reached.
+    ratio = (box[:, 2:] - box[:, :2]) / (anchor[:, 2:] - anchor[:, :2])
+    decoded = decode_boxes(encode_boxes(box, anchor), anchor)
+    if (ratio.log() <= MAX_LOG_SCALE).all():
+        assert torch.allclose(decoded, box, atol=1e-6)
+
+
+def test_decode_agrees_with_detectron2():
+    box_regression = pytest.importorskip("detectron2.modeling.box_regression", reason="Detectron2 is not installed")
+    transform = box_regression.Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.rand(1000, 4, generator=generator) * 100
+    anchors[:, 2:] += anchors[:, :2] + 1
+    deltas = torch.randn(1000, 4, generator=generator) * 2
+    assert torch.allclose(decode_boxes(deltas, anchors), transform.apply_deltas(deltas, anchors), rtol=1e-5, atol=1e-4)
+    boxes = decode_boxes(deltas.clamp(max=1), anchors)
+    assert torch.allclose(encode_boxes(boxes, anchors), transform.get_deltas(anchors, boxes), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ((0, 0, 10, 10), (0, 0, 10, 10), 1.0),
+        ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
+        ((0, 0, 10, 10), (10, 0, 20, 10), 0.0),  # touching
+        ((0, 0, 10, 10), (50, 50, 60, 60), 0.0),
+        ((0, 0, 10, 10), (2, 2, 7, 7), 0.25),  # nested
+    ],
+)
+def test_paired_iou_by_hand(a, b, expected):
+    a, b = (torch.tensor([box], dtype=torch.float32) for box in (a, b))
+    assert paired_iou(a, b).item() == pytest.approx(expected, abs=1e-7)
+    assert paired_iou(b, a).item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_losses_by_hand():
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    gt = torch.tensor([[5.0, 0.0, 15.0, 10.0]])  # IoU 1/3 with the anchor, deltas (0.5, 0, 0, 0)
+    zero = torch.zeros(1, 4)
+    assert box_loss("iou_l2", zero, anchors, gt).item() == pytest.approx((2 / 3) ** 2, abs=1e-6)
+    assert box_loss("iou_log", zero, anchors, gt).item() == pytest.approx(math.log(3), abs=1e-6)
+    assert box_loss("smooth_l1", zero, anchors, gt).item() == pytest.approx(0.5)
+    assert box_loss("smooth_l1", zero, anchors, gt, smooth_l1_beta=1.0).item() == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("kind", BOX_LOSSES)
+def test_perfect_box_costs_nothing_and_has_no_gradient(kind):
+    anchors = torch.tensor([[3.0, 4.0, 19.0, 28.0]], dtype=torch.float64)
+    deltas = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    loss = box_loss(kind, deltas, anchors, anchors, smooth_l1_beta=1.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), deltas)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert gradient.isfinite().all()
+    if kind != "iou_log":  # -ln IoU has a kink at its minimum
+        assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ("iou_l2", "iou_log"))
+def test_disjoint_boxes_are_finite(kind):
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]], dtype=torch.float64)
+    deltas = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    loss = box_loss(kind, deltas, anchors, anchors + 100)
+    (gradient,) = torch.autograd.grad(loss.sum(), deltas)
+    assert loss.item() == pytest.approx(1.0 if kind == "iou_l2" else -math.log(MIN_IOU))
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("kind", BOX_LOSSES)
+def test_gradients(kind):
+    generator = torch.Generator().manual_seed(1)
+    anchors = torch.rand(20, 4, dtype=torch.float64, generator=generator) * 50
+    anchors[:, 2:] = anchors[:, :2] + 10 + 20 * torch.rand(20, 2, dtype=torch.float64, generator=generator)
+    gt = anchors + 3 * torch.randn(20, 4, dtype=torch.float64, generator=generator)
+    deltas = (0.1 * torch.randn(20, 4, dtype=torch.float64, generator=generator)).requires_grad_()
+    assert gradcheck(lambda d: box_loss(kind, d, anchors, gt, smooth_l1_beta=0.5), (deltas,))
+
+
+def test_unknown_loss():
+    zero = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="iou_l2.*got 'giou'"):
+        box_loss("giou", zero, zero, zero)

@@ -1,0 +1,118 @@
+"""Names convert both ways, saving is atomic, loading runs no code."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
+from torchvision.models import resnet18, resnet50
+
+from group_sampling.checkpoint import CheckpointMixin, convert_names, resolve_weights
+
+PAIRS = {  # Detectron2's name: torchvision's name
+    "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
+    "backbone.bottom_up.stem.conv1.norm.running_var": "backbone.body.bn1.running_var",
+    "backbone.bottom_up.res2.0.conv1.weight": "backbone.body.layer1.0.conv1.weight",
+    "backbone.bottom_up.res4.22.conv3.norm.bias": "backbone.body.layer3.22.bn3.bias",
+    "backbone.bottom_up.res5.0.shortcut.weight": "backbone.body.layer4.0.downsample.0.weight",
+    "backbone.bottom_up.res5.0.shortcut.norm.weight": "backbone.body.layer4.0.downsample.1.weight",
+    "backbone.fpn_lateral5.bias": "backbone.fpn.inner_blocks.3.0.bias",
+    "backbone.fpn_lateral3.norm.weight": "backbone.fpn.inner_blocks.1.1.weight",
+    "backbone.fpn_output2.weight": "backbone.fpn.layer_blocks.0.0.weight",
+    "proposal_generator.rpn_head.cls_logits.weight": "rpn.head.cls_logits.weight",
+    "something.else": "something.else",
+}
+
+
+def test_names_convert_both_ways():
+    assert list(convert_names(dict.fromkeys(PAIRS, 0), "torchvision")) == list(PAIRS.values())
+    assert list(convert_names(dict.fromkeys(PAIRS.values(), 0), "detectron2")) == list(PAIRS)
+    assert list(convert_names(dict.fromkeys(PAIRS, 0), "detectron2")) == list(PAIRS)
+
+
+@pytest.mark.parametrize("make", [resnet18, resnet50])
+def test_torchvision_classifier(make):
+    names = make().state_dict()
+    converted = convert_names(names, "torchvision")
+    assert set(converted) == {f"backbone.body.{name}" for name in names if not name.startswith("fc.")}
+    back = convert_names(convert_names(names, "detectron2"), "torchvision")
+    assert set(back) == set(converted)
+
+
+class _Checkpointer(CheckpointMixin, Checkpointer):
+    naming = "torchvision"
+
+
+def test_save_and_load(tmp_path):
+    model = nn.Linear(3, 2)
+    _Checkpointer(model, str(tmp_path)).save("model_0001", iteration=7)
+    other = nn.Linear(3, 2)
+    extra = _Checkpointer(other, str(tmp_path)).resume_or_load("", resume=True)
+    assert torch.equal(model.weight, other.weight) and extra["iteration"] == 7
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0001.pth"]
+
+
+def test_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpointer = _Checkpointer(nn.Linear(3, 2), str(tmp_path))
+    checkpointer.save("model")
+    before = (tmp_path / "model.pth").read_bytes()
+
+    def fail(data, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpointer.save("model")
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
+
+
+class _Payload:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights.pyth"])
+def test_hostile_checkpoints_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with open(name, "wb") as file:
+        if name.endswith(".pth"):
+            torch.save({"model": _Payload()}, file)
+        else:
+            pickle.dump({"model": _Payload()}, file)
+    with pytest.raises(ValueError, match=name):
+        _Checkpointer(nn.Linear(1, 1)).load(name)
+    assert not os.path.exists("executed")
+
+
+def test_foreign_checkpoint_is_refused(tmp_path):
+    path = str(tmp_path / "other.pth")
+    torch.save({"encoder.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"other\.pth: none of its 1 parameters .*encoder\.weight"):
+        _Checkpointer(nn.Linear(1, 1)).load(path)
+
+
+def test_missing_weights_name_the_key(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS is 'nowhere\.pth'"):
+        resolve_weights("nowhere.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS.*resnet50"):
+        resolve_weights("torchvision://resnet7")
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS.*no route to host.*local copy"):
+        resolve_weights("torchvision://resnet50")
+
+
+def test_downloaded_weights_are_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert resolve_weights("torchvision://resnet18") == str(file)

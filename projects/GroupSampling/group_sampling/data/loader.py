@@ -1,0 +1,324 @@
+"""Loaders of both engines: endless, seeded and resumable for training; each image once for evaluation."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from .records import ImageRecord, UnreadableImageError, read_image
+from .transforms import TestTransform, TrainTransform
+
+logger = logging.getLogger(__name__)
+
+# Called as to_example(image, boxes, classes, ignore_boxes, record, draw): (H, W, 3) uint8 with (m, 4), (m,) and (k, 4),
+# the record with its height and width filled in, and the number of the draw. Anything random in it has to be a
+# function of `draw`, or the stream is no longer one of its seed. Where workers are not forked, it has to be picklable.
+ToExample = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, ImageRecord, int], Any]
+
+_MAX_ATTEMPTS = 20
+_MIN_BAD_DRAWS = 5
+_NUM_LISTED_FILES = 20
+
+# Distinguish the random streams of one seed.
+_EPOCH, _AUGMENTATION, _REPLACEMENT = range(3)
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """An image that could not be read, and why."""
+
+    file: str
+    reason: str
+
+
+class Batch(list):
+    """The examples of one training batch, a list.
+
+    Attributes:
+        skipped: one entry for each draw that hit an unreadable image and took another one.
+        outside: file -> number of its boxes that lie outside the image; they are dropped. (WIDER FACE's text format
+            has no image sizes, so its parser cannot see them.)
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Any] = (),
+        skipped: Sequence[SkippedImage] = (),
+        outside: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(examples)
+        self.skipped = tuple(skipped)
+        self.outside = dict(outside or {})
+
+
+class TrainingStream(IterableDataset):
+    """Endless stream of training batches of one rank.
+
+    Draw k of the global stream, its image, geometry and flip, is a function of (seed, k) alone, whatever the number of
+    workers and ranks. Epoch e visits every record once, in an order drawn from (seed, e). Batch b of rank r of W holds
+    the B = ``images_per_batch`` global draws from (b W + r) B on. The workers make batches in turns, so that a
+    DataLoader returns them in order.
+
+    An unreadable image is replaced by another one, a function of (seed, k) as well, and listed in ``Batch.skipped``.
+
+    Args:
+        images_per_batch: of this rank.
+        start_batch: first batch, for a run that resumes.
+        max_bad_share: see :class:`TrainLoader`, which enforces it.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        transform: TrainTransform,
+        to_example: ToExample,
+        *,
+        seed: int,
+        images_per_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+        max_bad_share: float = 0.05,
+    ) -> None:
+        if not records:
+            raise ValueError("records: expected at least one image to train on, found none")
+        if images_per_batch < 1:
+            raise ValueError(f"images_per_batch: expected at least 1, found {images_per_batch}")
+        if start_batch < 0 or seed < 0:
+            raise ValueError(f"expected start_batch >= 0 and seed >= 0, found {start_batch} and {seed}")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share: expected a share in [0, 1], found {max_bad_share}")
+        _check_rank(rank, world_size)
+        self.records = records
+        self.transform = transform
+        self.to_example = to_example
+        self.seed = seed
+        self.images_per_batch = images_per_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.start_batch = start_batch
+        self.max_bad_share = max_bad_share
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        batch = self.start_batch + first
+        while True:
+            yield self.batch(batch)
+            batch += step
+
+    def batch(self, index: int) -> Batch:
+        """Makes batch ``index`` of this rank."""
+        first_draw = (index * self.world_size + self.rank) * self.images_per_batch
+        examples, skipped, outside = [], [], {}
+        for draw in range(first_draw, first_draw + self.images_per_batch):
+            record, image = self._read(draw, skipped)
+            rng = np.random.default_rng([self.seed, _AUGMENTATION, draw])
+            sample = self.transform(image, record.boxes, record.ignore, record.classes, rng)
+            height, width = image.shape[:2]
+            is_outside = (record.boxes[:, :2] >= (width, height)).any(1) | (record.boxes[:, 2:] <= 0).any(1)
+            if is_outside.any():
+                outside[record.file_name] = int(is_outside.sum())
+            record = replace(record, height=height, width=width)
+            examples.append(
+                self.to_example(sample.image, sample.boxes, sample.classes, sample.ignore_boxes, record, draw)
+            )
+        return Batch(examples, skipped, outside)
+
+    def _read(self, draw: int, skipped: list[SkippedImage]) -> tuple[ImageRecord, np.ndarray]:
+        """Reads the image of ``draw``, or the first readable one of its replacements."""
+        epoch, position = divmod(draw, len(self.records))
+        index = _epoch_order(self.seed, epoch, len(self.records))[position]
+        replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])
+        errors = []
+        while len(errors) < _MAX_ATTEMPTS:
+            record = self.records[index]
+            try:
+                image = read_image(record)
+            except UnreadableImageError as error:
+                errors.append(SkippedImage(error.file, error.reason))
+                index = replacements.integers(len(self.records))
+            else:
+                skipped.extend(errors)
+                return record, image
+        raise RuntimeError(
+            f"draw {draw}: {_MAX_ATTEMPTS} images in a row cannot be read. Expected readable images, found:\n"
+            + _list_files({error.file: error.reason for error in errors})
+        )
+
+
+class TrainLoader(DataLoader):
+    """DataLoader over a :class:`TrainingStream`; yields :class:`Batch` objects, and keeps count of unreadable images.
+
+    Each unreadable file is warned about once. A RuntimeError that lists the files ends the iteration when they are
+    more than a share ``max_bad_share`` of the draws, beyond what chance explains.
+
+    Attributes:
+        skipped_files: file -> reason, of all images that could not be read so far.
+        outside_boxes: file -> number of boxes outside the image, of all images drawn so far.
+        num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
+    """
+
+    def __init__(self, stream: TrainingStream, num_workers: int) -> None:
+        super().__init__(
+            stream, batch_size=None, collate_fn=_identity, num_workers=num_workers, generator=_own_generator()
+        )
+        self.skipped_files: dict[str, str] = {}
+        self.outside_boxes: dict[str, int] = {}
+        self.num_draws = 0
+        self.num_skipped = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            self.num_draws += len(batch) + len(batch.skipped)
+            self.num_skipped += len(batch.skipped)
+            for image in batch.skipped:
+                if image.file not in self.skipped_files:
+                    self.skipped_files[image.file] = image.reason
+                    logger.warning("skipping an unreadable image: %s: %s", image.file, image.reason)
+            for file, count in batch.outside.items():
+                if file not in self.outside_boxes:
+                    self.outside_boxes[file] = count
+                    logger.warning("dropping %d boxes that lie outside the image: %s", count, file)
+            self._check_share()
+            yield batch
+
+    def summary(self) -> str:
+        """What had to be left out so far; empty when nothing was."""
+        parts = []
+        if self.skipped_files:
+            parts.append(
+                f"{self.num_skipped} of {self.num_draws} draws hit one of {len(self.skipped_files)} unreadable images"
+            )
+        if self.outside_boxes:
+            parts.append(
+                f"{len(self.outside_boxes)} images had {sum(self.outside_boxes.values())} boxes outside of them"
+            )
+        return "; ".join(parts)
+
+    def _check_share(self) -> None:
+        share = self.dataset.max_bad_share
+        expected = share * self.num_draws
+        # Three standard deviations, or a set just under the share would be stopped by an unlucky order.
+        if self.num_skipped >= _MIN_BAD_DRAWS and self.num_skipped > expected + 3 * math.sqrt(expected):
+            raise RuntimeError(
+                f"{self.num_skipped} of {self.num_draws} images drawn cannot be read; expected a share of at most "
+                f"{share:g}. Found:\n{_list_files(self.skipped_files)}"
+            )
+
+
+def build_train_loader(
+    records: Sequence[ImageRecord],
+    transform: TrainTransform,
+    to_example: ToExample,
+    *,
+    seed: int,
+    images_per_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_batch: int = 0,
+    num_workers: int = 0,
+    max_bad_share: float = 0.05,
+) -> TrainLoader:
+    """Endless loader of training batches; see :class:`TrainingStream` for the arguments and what it promises."""
+    stream = TrainingStream(
+        records,
+        transform,
+        to_example,
+        seed=seed,
+        images_per_batch=images_per_batch,
+        rank=rank,
+        world_size=world_size,
+        start_batch=start_batch,
+        max_bad_share=max_bad_share,
+    )
+    return TrainLoader(stream, num_workers)
+
+
+def build_test_loader(
+    records: Sequence[ImageRecord],
+    transform: TestTransform,
+    to_example: ToExample,
+    *,
+    images_per_batch: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Loader of this rank's share of an evaluation: records rank, rank + world_size, ..., each once.
+
+    Yields lists of examples. ``to_example`` gets the boxes in pixels of the resized image, the record with those of the
+    original one, and the index of the record as its draw. An unreadable image raises UnreadableImageError.
+    """
+    if images_per_batch < 1:
+        raise ValueError(f"images_per_batch: expected at least 1, found {images_per_batch}")
+    _check_rank(rank, world_size)
+    images = _TestImages(records, transform, to_example, range(rank, len(records), world_size))
+    return DataLoader(
+        images,
+        batch_size=images_per_batch,
+        collate_fn=_identity,
+        num_workers=num_workers,
+        generator=_own_generator(),
+    )
+
+
+def filter_empty(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """The records with at least one box that is not an ignore region."""
+    return [record for record in records if not record.ignore.all()]
+
+
+class _TestImages(Dataset):
+    def __init__(
+        self, records: Sequence[ImageRecord], transform: TestTransform, to_example: ToExample, indices: range
+    ) -> None:
+        self._records = records
+        self._transform = transform
+        self._to_example = to_example
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Any:
+        index = self._indices[position]
+        record = self._records[index]
+        image = read_image(record)
+        sample = self._transform(image, record.boxes, record.ignore, record.classes)
+        record = replace(record, height=image.shape[0], width=image.shape[1])
+        return self._to_example(sample.image, sample.boxes, sample.classes, sample.ignore_boxes, record, index)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def _epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
+    return np.random.default_rng([seed, _EPOCH, epoch]).permutation(num_records)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
+
+
+def _list_files(reasons: dict[str, str]) -> str:
+    lines = [f"  {file}: {reason}" for file, reason in list(reasons.items())[:_NUM_LISTED_FILES]]
+    if len(reasons) > _NUM_LISTED_FILES:
+        lines.append(f"  ... and {len(reasons) - _NUM_LISTED_FILES} more")
+    return "\n".join(lines)
+
+
+def _own_generator() -> torch.Generator:
+    """A generator for a DataLoader to seed its workers from: by default it would draw from torch's global one, and a
+    run that resumes in the middle would see other random numbers than one that was not interrupted."""
+    return torch.Generator().manual_seed(0)
+
+
+def _identity(examples: Any) -> Any:
+    return examples

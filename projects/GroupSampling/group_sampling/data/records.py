@@ -1,0 +1,202 @@
+"""What every data set becomes: a list of :class:`ImageRecord`, and a report of what had to be left out.
+
+Shape shorthand: m boxes of one image; m may be 0 (a background image is valid).
+Boxes are XYXY in absolute pixels of the upright image, width = x2 - x1, float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class AnnotationError(ValueError):
+    """An annotation file does not follow its format. The message names file, line or id, expectation and finding."""
+
+
+class UnreadableImageError(RuntimeError):
+    """An image cannot be used; ``file`` and ``reason`` say which and why."""
+
+    def __init__(self, file: str, reason: str = "") -> None:
+        # With one argument it is the finished message: that is how a DataLoader re-raises a worker's error.
+        super().__init__(f"cannot read image {file}: {reason}" if reason else file)
+        self.file = file
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
+class ImageRecord:
+    """One image of a data set and its annotations.
+
+    Attributes:
+        file_name: path, or the ``synthetic://`` address of a procedural image.
+        image_id: unique in the set; WIDER FACE: ``"<event>/<stem>"``, COCO format: the image's id as a string.
+        height, width: in pixels of the upright image; None where the annotations do not say.
+        boxes: (m, 4) float32 XYXY.
+        classes: (m,) int64, index into ``class_names``.
+        ignore: (m,) bool, True for regions that are neither face nor background (WIDER "invalid", COCO "iscrowd").
+    """
+
+    file_name: str
+    image_id: str
+    height: int | None
+    width: int | None
+    boxes: np.ndarray
+    classes: np.ndarray
+    ignore: np.ndarray
+
+
+def read_image(record: ImageRecord) -> np.ndarray:
+    """Reads, or renders, the image of ``record``.
+
+    Returns:
+        (H, W, 3) uint8 RGB, turned upright by its EXIF orientation, writable.
+
+    Raises:
+        UnreadableImageError: missing, not an image, cut short, or of another size than the record says.
+    """
+    from . import synthetic  # which imports this module
+
+    if synthetic.is_address(record.file_name):
+        return synthetic.render(record.file_name)
+    try:
+        with Image.open(record.file_name) as file:
+            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    except FileNotFoundError:
+        raise UnreadableImageError(record.file_name, "no such file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything, SyntaxError included
+        raise UnreadableImageError(record.file_name, f"{type(error).__name__}: {error}") from error
+    height, width = image.shape[:2]
+    if record.height is not None and (height, width) != (record.height, record.width):
+        reason = f"its annotation says {record.width}x{record.height} pixels, the upright image has {width}x{height}"
+        raise UnreadableImageError(record.file_name, reason)
+    return image
+
+
+ZERO_AREA = "zero area"
+INVERTED = "inverted (negative width or height)"
+NON_FINITE = "not finite"
+OUTSIDE = "outside the image"
+CLIPPED = "clipped to the image"
+_DROPPED = (ZERO_AREA, INVERTED, NON_FINITE, OUTSIDE)
+_NUM_EXAMPLES = 3
+
+
+@dataclass
+class DataReport:
+    """What a parser dropped or changed, with the first few places of each kind.
+
+    Attributes:
+        num_images, num_boxes: read from the annotations; ``num_boxes`` includes the dropped ones.
+        num_ignore: boxes kept as ignore regions.
+        counts: number of boxes for each of ``ZERO_AREA``, ``INVERTED``, ``NON_FINITE``, ``OUTSIDE`` (dropped) and
+            ``CLIPPED`` (kept).
+        examples: the first places of each kind, as "file:line" or "file: annotation id".
+    """
+
+    num_images: int = 0
+    num_boxes: int = 0
+    num_ignore: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(self.counts[kind] for kind in _DROPPED)
+
+    def note(self, kind: str, place: str) -> None:
+        """Counts one box of ``kind`` found at ``place``."""
+        self.counts[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < _NUM_EXAMPLES:
+            examples.append(place)
+
+    def summary(self) -> str:
+        """A sentence for the log, then one line for each kind of finding."""
+        lines = [
+            f"{self.num_images:,} images, {self.num_boxes:,} boxes ({self.num_ignore:,} to be ignored), "
+            f"{self.num_dropped:,} dropped, {self.counts[CLIPPED]:,} clipped"
+        ]
+        for kind, places in self.examples.items():
+            verb = "kept" if kind == CLIPPED else "dropped"
+            more = ", ..." if self.counts[kind] > len(places) else ""
+            lines.append(f"  {verb}, {kind}: {self.counts[kind]:,} ({', '.join(places)}{more})")
+        return "\n".join(lines)
+
+
+def usable_boxes(
+    xywh: Sequence[Sequence[float]], size: tuple[int, int] | None, places: Sequence[str], report: DataReport
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turns the annotated (x, y, width, height) of one image into the XYXY boxes that a face can be learnt from.
+
+    Args:
+        size: (height, width) of the image. With it, boxes are clipped to the image, and dropped when nothing is left.
+        places: where each box was found, for the report.
+
+    Returns:
+        (boxes, kept): (k, 4) float32, and (k,) int64 indices into ``xywh``.
+    """
+    corners = np.asarray(xywh, dtype=np.float64).reshape(-1, 4).copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        inverted = (corners[:, 2:] < 0).any(axis=1)
+        corners[:, 2:] += corners[:, :2]
+        # Judged in float32, since that is what the record holds: 1e39 becomes inf there, and 1e9 + 1 becomes 1e9.
+        boxes = corners.astype(np.float32)
+    clipped = boxes if size is None else boxes.clip(0, np.float32([size[1], size[0], size[1], size[0]]))
+    findings = (  # the first that holds is the one reported
+        (NON_FINITE, ~np.isfinite(boxes).all(axis=1)),
+        (INVERTED, inverted),
+        (ZERO_AREA, (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)),
+        (OUTSIDE, (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)),
+        (CLIPPED, (clipped != boxes).any(axis=1)),
+    )
+    report.num_boxes += len(boxes)
+    dropped = np.zeros(len(boxes), dtype=bool)
+    for kind, found in findings:
+        for index in np.flatnonzero(found & ~dropped):
+            report.note(kind, places[index])
+        if kind in _DROPPED:
+            dropped |= found
+    kept = np.flatnonzero(~dropped)
+    return clipped[kept], kept
+
+
+class ImageRoot:
+    """Joins the relative paths of an annotation file to a folder, and lets none of them leave it."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = os.fspath(root)
+        self._real_root = os.path.realpath(self._root)
+        self._checked_folders: set[str] = set()
+
+    def join(self, path: str, place: str) -> str:
+        """Returns ``root/path``.
+
+        Raises:
+            AnnotationError: ``path`` is empty, absolute, has a ".." part or a NUL, or a link on it leaves the root.
+        """
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or os.path.isabs(path) or ".." in parts or "\0" in path or "\\" in path:
+            raise AnnotationError(f"{place}: expected an image path below the image folder, found {path!r}")
+        full = os.path.join(self._root, *parts)
+        # A folder is resolved once, a file only if it is a link: a system call per path instead of one per part.
+        folder = os.path.dirname(full)
+        if folder not in self._checked_folders:
+            self._refuse_outside(folder, path, place)
+            self._checked_folders.add(folder)
+        if os.path.islink(full):
+            self._refuse_outside(full, path, place)
+        return full
+
+    def _refuse_outside(self, full: str, path: str, place: str) -> None:
+        real = os.path.realpath(full)
+        if os.path.commonpath([real, self._real_root]) != self._real_root:
+            raise AnnotationError(f"{place}: image path {path!r} is a link out of {self._root}, to {real}")

@@ -1,0 +1,263 @@
+"""Procedural faces, drawn on the fly from a seed: something to detect with nothing to download.
+
+This module lays scenes out; :mod:`~group_sampling.data.synthetic_paint` paints them. An image is named by its address,
+``synthetic://<split>/<index>?height=...&width=...&seed=...``, and the address alone determines its boxes and pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import numpy as np
+
+from .records import AnnotationError, DataReport, ImageRecord
+
+_SCHEME = "synthetic"
+_SPLITS = ("train", "val")
+_GEOMETRY, _PIXELS = range(2)  # the two random streams of an image
+
+MIN_SIZE, MAX_SIZE = 8.0, 400.0  # of a face, sqrt(width * height), in pixels
+_MIN_VISIBLE = 0.45  # a face that shows less of itself is not drawn at all
+_ASPECT = 1.25  # height / width of an upright head
+_CANDIDATES = 8  # places tried for one figure
+DISTRACTORS = ("blank", "scrambled", "upside_down", "ball")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration's ``DATASETS.SYNTHETIC``, in capitals there.
+
+    Attributes:
+        num_train, num_val: number of images of the splits.
+        height, width: of every image, in pixels.
+        seed: images of another seed have nothing in common with these.
+    """
+
+    num_train: int = 2000
+    num_val: int = 200
+    height: int = 480
+    width: int = 640
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            lowest = {"height": 32, "width": 32}.get(key, 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"DATASETS.SYNTHETIC.{key.upper()}: expected an integer >= {lowest}, found {value!r}")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Settings:
+        """Reads keys in capitals; those that are absent keep their default, an unknown one is a ValueError."""
+        known = [field.name.upper() for field in fields(cls)]
+        for key in mapping:
+            if key not in known:
+                raise ValueError(f"DATASETS.SYNTHETIC: expected the keys {', '.join(known)}, found {key!r}")
+        return cls(**{key.lower(): value for key, value in mapping.items()})
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An ellipse or a rectangle, in pixels: centre, half axes, angle in radians (clockwise on the screen)."""
+
+    x: float
+    y: float
+    half_width: float
+    half_height: float
+    angle: float = 0.0
+    is_ellipse: bool = True
+
+    def at(self, points: np.ndarray) -> np.ndarray:
+        """Positions in the image of (k, 2) points given on the shape's own axes, on which it reaches from -1 to 1."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        u, v = points[:, 0] * self.half_width, points[:, 1] * self.half_height
+        return np.stack([self.x + u * cos - v * sin, self.y + u * sin + v * cos], axis=1)
+
+    def bounding_box(self) -> tuple[float, float, float, float]:
+        """XYXY of an ellipse."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        dx = math.hypot(self.half_width * cos, self.half_height * sin)
+        dy = math.hypot(self.half_width * sin, self.half_height * cos)
+        return self.x - dx, self.y - dy, self.x + dx, self.y + dy
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something with a head, or nearly.
+
+    Attributes:
+        kind: "face", or one of ``DISTRACTORS``.
+        head: ellipse from forehead to chin; hair may stand out of it.
+        body: drawn before the head, None: a floating head.
+        occluder: drawn after the head, None: nothing is held before it.
+    """
+
+    kind: str
+    head: Shape
+    body: Shape | None
+    occluder: Shape | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Figures in the order in which they are painted: far to near, small to large."""
+
+    height: int
+    width: int
+    figures: tuple[Figure, ...]
+
+    def boxes(self) -> np.ndarray:
+        """(m, 4) float32 XYXY: the bounding boxes of the faces' heads, clipped to the image."""
+        boxes = [figure.head.bounding_box() for figure in self.figures if figure.kind == "face"]
+        limits = [self.width, self.height] * 2
+        return np.asarray(boxes, dtype=np.float32).reshape(-1, 4).clip(0, np.float32(limits))
+
+
+def records(split: str, settings: Settings, *, report: DataReport | None = None) -> list[ImageRecord]:
+    """The images of a split, "train" or "val". Draws layouts, no pixels."""
+    height, width, seed = settings.height, settings.width, settings.seed
+    query = urlencode({"height": height, "width": width, "seed": seed})
+    result = []
+    for index in range(settings.num_train if split == "train" else settings.num_val):
+        boxes = layout(split, index, height, width, seed).boxes()
+        classes, ignore = np.zeros(len(boxes), dtype=np.int64), np.zeros(len(boxes), dtype=bool)
+        address = f"{_SCHEME}://{split}/{index}?{query}"
+        result.append(ImageRecord(address, f"{split}/{index:06d}", height, width, boxes, classes, ignore))
+        if report is not None:
+            report.num_images += 1
+            report.num_boxes += len(boxes)
+    return result
+
+
+def is_address(file_name: str) -> bool:
+    """Whether ``file_name`` names a procedural image."""
+    return file_name.startswith(f"{_SCHEME}://")
+
+
+def render(address: str) -> np.ndarray:
+    """Paints the image of ``address``: (height, width, 3) uint8 RGB.
+
+    Raises:
+        AnnotationError: it is not the address of a procedural image.
+    """
+    from . import synthetic_paint  # nobody who only counts boxes pays for it
+
+    split, index, height, width, seed = _parse_address(address)
+    rng = np.random.default_rng([seed, _SPLITS.index(split), index, _PIXELS])
+    return synthetic_paint.paint(layout(split, index, height, width, seed), rng)
+
+
+def layout(split: str, index: int, height: int, width: int, seed: int) -> Scene:
+    """Draws where the figures of an image are.
+
+    Sizes are log-uniform in [MIN_SIZE, MAX_SIZE], or up to what the image can hold. Figures are placed from near to
+    far, each where nearer ones leave enough of it to be seen; one that finds no such place is left out.
+    """
+    rng = np.random.default_rng([seed, _SPLITS.index(split), index, _GEOMETRY])
+    num_faces = 0 if rng.random() < 0.03 else int(rng.integers(1, 13))
+    num_distractors = int(rng.integers(0, 6))
+    kinds = ["face"] * num_faces + [DISTRACTORS[i] for i in rng.integers(len(DISTRACTORS), size=num_distractors)]
+    max_size = min(MAX_SIZE, 0.85 * min(height, width * _ASPECT))
+    sizes = np.exp(rng.uniform(math.log(MIN_SIZE), math.log(max_size), size=len(kinds)))
+
+    nearest_first: list[Figure] = []
+    opaque: list[Shape] = []
+    for i in np.argsort(-sizes, kind="stable"):
+        figure = _place(kinds[i], float(sizes[i]), height, width, opaque, rng)
+        if figure is not None:
+            nearest_first.append(figure)
+            hair = replace(
+                figure.head, half_width=1.12 * figure.head.half_width, half_height=1.12 * figure.head.half_height
+            )
+            opaque += [shape for shape in (hair, figure.body, figure.occluder) if shape is not None]
+    return Scene(height, width, tuple(reversed(nearest_first)))
+
+
+def _place(
+    kind: str, size: float, height: int, width: int, opaque: Sequence[Shape], rng: np.random.Generator
+) -> Figure | None:
+    """Finds a place for a figure whose head has a bounding box of area size²; None: no place shows enough of it."""
+    angle = float(np.clip(rng.normal(0, 0.18), -0.5, 0.5))
+    head = Shape(0, 0, 1, _ASPECT * math.exp(rng.normal(0, 0.06)), angle)
+    _, _, reach_x, reach_y = head.bounding_box()
+    scale = size / 2 / math.sqrt(reach_x * reach_y)
+    head = replace(head, half_width=scale, half_height=scale * head.half_height)
+
+    centers = rng.uniform(0, 1, size=(_CANDIDATES, 2)) * [width, height]
+    visible = _visible_share(head, centers, height, width, opaque)
+    wanted = 0.97 if rng.random() < 0.7 else rng.uniform(_MIN_VISIBLE, 0.97)
+    enough = visible >= wanted
+    chosen = int(np.argmax(enough if enough.any() else visible))  # the first that shows enough, else the best
+    if visible[chosen] < _MIN_VISIBLE:
+        return None
+    x, y = map(float, centers[chosen])
+    head = replace(head, x=x, y=y)
+
+    body = None
+    if kind != "ball" and rng.random() < 0.75:
+        shift = -0.5 * math.sin(angle) * head.half_height
+        body = Shape(x + shift, y + 3.15 * head.half_height, 2.0 * head.half_width, 2.1 * head.half_height)
+    occluder = None
+    if kind == "face" and rng.random() < 0.2:
+        held = _occluder(head, rng)
+        if _visible_share(head, centers[[chosen]], height, width, [*opaque, held])[0] >= _MIN_VISIBLE:
+            occluder = held
+    return Figure(kind, head, body, occluder)
+
+
+def _occluder(head: Shape, rng: np.random.Generator) -> Shape:
+    """Something before the lower, left or right part of a head: a scarf, a pole or a ball."""
+    kind = ("scarf", "pole", "ball")[rng.integers(3)]
+    if kind == "scarf":
+        u, v, width, height = 0.0, rng.uniform(0.75, 1.0), 1.1, 0.6
+    elif kind == "pole":
+        u, v = rng.choice([-1, 1]) * rng.uniform(0.5, 1.0), 0.0
+        width, height = rng.uniform(0.2, 0.45), rng.uniform(1.3, 3)
+    else:
+        u, v = rng.uniform(-1, 1), rng.uniform(0.2, 1.1)
+        width = height = rng.uniform(0.4, 0.6)
+    x, y = head.at(np.array([[u, v]]))[0].tolist()
+    return Shape(x, y, width * head.half_width, height * head.half_height, head.angle, is_ellipse=kind == "ball")
+
+
+def _visible_share(head: Shape, centers: np.ndarray, height: int, width: int, opaque: Sequence[Shape]) -> np.ndarray:
+    """Share of ``head`` inside the image and behind none of ``opaque``, were it at each of (c, 2) ``centers``."""
+    x, y = replace(head, x=0.0, y=0.0).at(_disc_points()).T
+    x, y = centers[:, :1] + x, centers[:, 1:] + y  # (c, points)
+    visible = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    if opaque:
+        rows = np.array([(s.x, s.y, s.half_width, s.half_height, s.angle, s.is_ellipse) for s in opaque])
+        center_x, center_y, half_width, half_height, angle, is_ellipse = rows.T[..., None, None]  # (shapes, 1, 1) each
+        cos, sin = np.cos(angle), np.sin(angle)
+        u = np.abs((x - center_x) * cos + (y - center_y) * sin) / half_width
+        v = np.abs((y - center_y) * cos - (x - center_x) * sin) / half_height
+        hidden = np.where(is_ellipse, u * u + v * v, np.maximum(u, v)) < 1
+        visible &= ~hidden.any(axis=0)
+    return visible.mean(axis=1)
+
+
+@functools.cache
+def _disc_points(count: int = 48) -> np.ndarray:
+    """(count, 2) points spread evenly over the unit disc, on a sunflower's spiral."""
+    index = np.arange(count)
+    radius, turn = np.sqrt((index + 0.5) / count), index * math.pi * (3 - math.sqrt(5))
+    return np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1)
+
+
+def _parse_address(address: str) -> tuple[str, int, int, int, int]:
+    """Returns (split, index, height, width, seed)."""
+    parts = urlsplit(address)
+    query = dict(parse_qsl(parts.query))
+    try:
+        index = int(parts.path.lstrip("/"))
+        settings = Settings(**{key: int(query[key]) for key in ("height", "width", "seed")})
+        if parts.netloc not in _SPLITS or index < 0:
+            raise ValueError
+    except (ValueError, KeyError):
+        expectation = f"{_SCHEME}://<{'|'.join(_SPLITS)}>/<index>?height=<h>&width=<w>&seed=<s>"
+        raise AnnotationError(f"expected an address {expectation}, found {address!r}") from None
+    return parts.netloc, index, settings.height, settings.width, settings.seed

@@ -1,0 +1,246 @@
+"""The official ground truth files and the command that evaluates result files against them."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from group_sampling.evaluation import WiderFaceAP, write_predictions
+
+TOOL = Path(__file__).parents[2] / "projects/GroupSampling/tools/evaluate_wider.py"
+
+# Two events; the second image has one invalid face, the third has none.
+EVENTS = ["0--Parade", "1--Big"]
+FILES = [["0_Parade_big", "0_Parade_2"], ["1_Big_g"]]
+BOXES = [[[[10, 10, 20, 20], [100, 10, 20, 20]], [[10, 10, 20, 20], [50, 50, 4, 4]]], [np.zeros((0, 4))]]
+INVALID = [[[[0], [0]], [[0], [1]]], [np.zeros((0, 1))]]
+KEPT = {
+    "easy": [[[[1]], np.zeros((0, 1))], [np.zeros((0, 0))]],
+    "medium": [[[[1]], [[1]]], [np.zeros((0, 0))]],
+    "hard": [[[[1], [2]], [[1]]], [np.zeros((0, 0))]],
+}
+
+
+def cells(values, convert=np.asarray):
+    """A MATLAB cell column."""
+    column = np.empty((len(values), 1), dtype=object)
+    for index, value in enumerate(values):
+        column[index, 0] = convert(value)
+    return column
+
+
+def nested(values, dtype):
+    return cells(values, lambda event: cells(event, lambda value: np.asarray(value, dtype=dtype)))
+
+
+def content(name="val"):
+    fields = {"event_list": cells(EVENTS), "file_list": cells(FILES, cells)}
+    if name == "val":
+        fields |= {"face_bbx_list": nested(BOXES, np.int32), "invalid_label_list": nested(INVALID, np.uint8)}
+    else:
+        fields["gt_list"] = nested(KEPT[name], np.uint8)
+    return fields
+
+
+def mat_name(name):
+    return "wider_face_val.mat" if name == "val" else f"wider_{name}_val.mat"
+
+
+@pytest.fixture
+def truth(tmp_path):
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    for name in ("val", *KEPT):
+        savemat(folder / mat_name(name), content(name), do_compression=True)
+    return folder
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    folder = tmp_path / "predictions"
+    write_predictions(folder, "0--Parade/0_Parade_big", [[10, 10, 30, 30], [200, 200, 230, 230]], [0.9, 0.5])
+    write_predictions(folder, "1--Big/1_Big_g", [[0, 0, 9, 9]], [0.1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate_wider", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_official_ground_truth(truth):
+    result = WiderFaceAP.from_official(truth).compute()
+    assert result.num_faces == {"easy": 1, "medium": 2, "hard": 3, "all": 3}
+    assert result.counts["images"] == 3 and result.counts["faces"] == 4 and result.counts["images_without_faces"] == 1
+
+
+def test_fields_that_the_published_evaluation_does_without(truth):
+    fields = content("val")
+    del fields["invalid_label_list"]
+    savemat(truth / mat_name("val"), fields)
+    for name in KEPT:
+        savemat(truth / mat_name(name), {"gt_list": content(name)["gt_list"]})
+    assert WiderFaceAP.from_official(truth).compute().num_faces == {"easy": 1, "medium": 2, "hard": 3, "all": 4}
+
+
+def test_missing_file(truth):
+    (truth / "wider_hard_val.mat").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"wider_hard_val\.mat: no such file; the official ground truth is wider_face"
+    ):
+        WiderFaceAP.from_official(truth)
+
+
+@pytest.mark.parametrize(
+    "name, field, value, message",
+    [
+        ("val", "event_list", None, "event_list: expected a cell array, got nothing"),
+        ("val", "event_list", np.eye(2), "event_list: expected a cell array, got array"),
+        ("val", "event_list", cells(EVENTS[:1]), "file_list: expected 1 events as in event_list, got 2"),
+        ("val", "event_list", cells([1, 2]), "event_list: expected a text, got array"),
+        ("val", "file_list", cells([["a", "a"], ["b"]], cells), "file_list: image '0--Parade/a' comes twice"),
+        ("val", "file_list", cells(["a", "b"]), "file_list: expected a cell array, got 'a'"),
+        (
+            "val",
+            "face_bbx_list",
+            nested([BOXES[0]], np.int32),
+            "face_bbx_list: expected the events and images of file_list",
+        ),
+        (
+            "val",
+            "face_bbx_list",
+            nested([[BOXES[0][0], [[1, 2, 3]]], BOXES[1]], np.int32),
+            "face_bbx_list: image '0--Parade/0_Parade_2': expected boxes (m, 4), got shape (1, 3)",
+        ),
+        ("val", "face_bbx_list", nested([["a", "b"], ["c"]], str), "face_bbx_list: expected numbers, got 'a'"),
+        (
+            "val",
+            "invalid_label_list",
+            nested([[INVALID[0][0], [[0]]], INVALID[1]], np.uint8),
+            "invalid_label_list: image '0--Parade/0_Parade_2': expected 2 labels, got 1",
+        ),
+        ("easy", "gt_list", None, "gt_list: expected a cell array, got nothing"),
+        (
+            "easy",
+            "gt_list",
+            nested([[[[3]], [[1]]], KEPT["easy"][1]], np.uint8),
+            "gt_list: image '0--Parade/0_Parade_big': expected face numbers from 1 to 2, got [3]",
+        ),
+        (
+            "hard",
+            "gt_list",
+            nested([[[[0]], [[1]]], KEPT["hard"][1]], np.uint8),
+            "gt_list: image '0--Parade/0_Parade_big': expected face numbers from 1 to 2, got [0]",
+        ),
+        ("medium", "file_list", cells([FILES[0][::-1], FILES[1]], cells), "file_list: expected the images of "),
+    ],
+)
+def test_ground_truth_of_another_structure(truth, name, field, value, message):
+    fields = content(name)
+    if value is None:
+        del fields[field]
+    else:
+        fields[field] = value
+    savemat(truth / mat_name(name), fields)
+    with pytest.raises(ValueError, match=re.escape(f"{truth / mat_name(name)}: {message}")):
+        WiderFaceAP.from_official(truth)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no MATLAB file", b"MATLAB 7.3 MAT-file" + b" " * 105 + b"\x00\x02IM"])
+def test_ground_truth_that_is_no_mat_file(truth, damage):
+    (truth / "wider_face_val.mat").write_bytes(damage)
+    with pytest.raises(
+        ValueError, match=r"wider_face_val\.mat: expected a MATLAB file \(version 5 to 7\.2\), cannot read it"
+    ):
+        WiderFaceAP.from_official(truth)
+
+
+def test_command(tool, truth, predictions, tmp_path, capsys):
+    outputs = tmp_path / "out"
+    tool.main(
+        ["--predictions", str(predictions), "--ground-truth", str(truth)]
+        + ["--json", str(outputs / "ap.json"), "--plot", str(outputs / "pr.png")]
+    )
+    # Easy: the face at the highest score. Hard: one of three faces. All has a false positive more, but at lower scores.
+    table = capsys.readouterr().out
+    assert re.search(r"Easy +100.00 +1 ", table) and re.search(r"Medium +50.00 +2 ", table)
+    assert re.search(r"Hard +33.33 +3 ", table) and "3 images, 1 of them without predictions" in table
+    assert json.loads((outputs / "ap.json").read_text())["ap"]["hard"] == pytest.approx(1 / 3)
+    assert (outputs / "pr.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in outputs.iterdir()) == ["ap.json", "pr.png"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda folder: write_predictions(folder, "0--Parade/stranger", [], []),
+            "image '0--Parade/stranger', which is not",
+        ),
+        (
+            lambda folder: (folder / "0--Parade/0_Parade_big.txt").write_text("x"),
+            "0_Parade_big.txt:1: expected the image",
+        ),
+        (lambda folder: folder.rename(folder.with_name("moved")), "no such folder or archive"),
+    ],
+)
+def test_command_refuses_and_writes_nothing(tool, truth, predictions, tmp_path, change, message):
+    change(predictions)
+    with pytest.raises(SystemExit) as caught:
+        tool.main(
+            ["--predictions", str(predictions), "--ground-truth", str(truth), "--json", str(tmp_path / "ap.json")]
+        )
+    assert message in str(caught.value)
+    assert not (tmp_path / "ap.json").exists()
+
+
+def evaluate_mutated(tool, truth, predictions, outputs, seed, capsys):
+    """Damage one .mat file; the command gives a result or a documented error, and no output in that case."""
+    rng = np.random.default_rng(seed)
+    name = ("val", *KEPT)[rng.integers(4)]
+    path = truth / mat_name(name)
+    savemat(path, content(name), do_compression=bool(seed % 2))
+    sound = path.read_bytes()
+    data = bytearray(sound)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data)))
+        kind = rng.integers(5)
+        if kind == 0:
+            data[at] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            data[at] = rng.integers(256)
+        elif kind == 2:
+            del data[at : at + rng.integers(1, 64)]
+        elif kind == 3:
+            data[at:at] = rng.bytes(rng.integers(1, 64))
+        else:
+            data[at : at + 8] = rng.bytes(8)
+        data = data or bytearray(b"\0")
+    path.write_bytes(data)
+    arguments = ["--predictions", str(predictions), "--ground-truth", str(truth), "--json", str(outputs / "ap.json")]
+    try:
+        tool.main(arguments)
+        refused = False
+        (outputs / "ap.json").unlink()
+    except SystemExit as error:
+        refused = True
+        assert "error: " in str(error), seed
+    assert list(outputs.iterdir()) == [], seed
+    capsys.readouterr()
+    path.write_bytes(sound)
+    return refused
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.slow)])
+def test_mutated_ground_truth(tool, truth, predictions, tmp_path, capsys, count):
+    outputs = tmp_path / "out"
+    outputs.mkdir()
+    refused = sum(evaluate_mutated(tool, truth, predictions, outputs, seed, capsys) for seed in range(count))
+    assert refused > count / 2

@@ -1,0 +1,87 @@
+"""The reader of MATLAB files against SciPy's writer and reader, and against files that it must refuse."""
+
+import struct
+
+import numpy as np
+import pytest
+from scipy.io import loadmat, savemat
+
+from group_sampling.evaluation.mat5 import read_mat5
+
+DTYPES = ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
+
+
+def plain(value):
+    """SciPy's value as ours: cells as lists, texts as str."""
+    if value.dtype == object:
+        return [plain(entry) for entry in value.ravel(order="F")]
+    return (str(value.item()) if value.size else "") if value.dtype.kind == "U" else value
+
+
+def cell_array(values, shape):
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array.reshape(shape, order="F")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_reads_what_scipy_writes(tmp_path, compressed):
+    rng = np.random.default_rng(0)
+    arrays = {f"v_{dtype}": (rng.random((3, 5)) * 120).astype(dtype) for dtype in DTYPES}
+    arrays |= {"empty": np.zeros((0, 4)), "cube": np.arange(24.0).reshape(2, 3, 4), "flag": np.array([[True], [False]])}
+    cells = cell_array([np.eye(2), "0_Parade_é", cell_array(["a", np.zeros((0, 0))], (1, 2)), ""], (2, 2))
+    savemat(tmp_path / "a.mat", arrays | {"cells": cells, "other": {"a": 1}}, do_compression=compressed)
+    values = read_mat5(tmp_path / "a.mat", [*arrays, "cells", "absent"])
+    assert sorted(values) == sorted([*arrays, "cells"])
+    expected = loadmat(tmp_path / "a.mat")
+    for name in arrays:
+        assert values[name].dtype == expected[name].dtype and np.array_equal(values[name], expected[name])
+    np.testing.assert_equal(values["cells"], plain(expected["cells"]))
+
+
+def test_big_endian(tmp_path):
+    flags = struct.pack(">IIII", 6, 8, 6, 0)
+    shape = struct.pack(">IIii", 5, 8, 1, 2)
+    name = struct.pack(">HH4s", 1, 1, b"v")
+    numbers = struct.pack(">IIhhxxxx", 3, 4, 258, -3)
+    matrix = flags + shape + name + numbers
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(">H", 0x0100) + b"MI"
+    (tmp_path / "a.mat").write_bytes(header + struct.pack(">II", 14, len(matrix)) + matrix)
+    assert read_mat5(tmp_path / "a.mat", ["v"])["v"].tolist() == [[258.0, -3.0]]
+
+
+@pytest.mark.parametrize("subset", ["face", "easy", "medium", "hard"])
+def test_the_official_files(shared_data, subset):
+    path = shared_data / f"wider/ground_truth_mat/wider_{subset}_val.mat"
+    names = ["event_list", "file_list", "face_bbx_list", "invalid_label_list", "gt_list"]
+    values, expected = read_mat5(path, names), loadmat(path, variable_names=names)
+    assert sorted(values) == sorted(name for name in names if name in expected)
+    for name, value in values.items():
+        np.testing.assert_equal(value, plain(expected[name]))
+
+
+def nested_cells(depth):
+    return cell_array([nested_cells(depth - 1) if depth > 1 else 1.0], (1, 1))
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (np.array([[1 + 2j]]), "an array of complex numbers, which is not supported"),
+        ({"a": 1}, "an array of class 2, which is not supported"),
+        (np.array(["ab", "cd"]), "a text of type"),
+        (nested_cells(5), "more than 4 cell arrays inside each other"),
+    ],
+)
+def test_refused_values(tmp_path, value, message):
+    savemat(tmp_path / "a.mat", {"v": value})
+    with pytest.raises(ValueError, match=rf"a\.mat: expected a MATLAB file .*{message}"):
+        read_mat5(tmp_path / "a.mat", ["v"])
+    assert read_mat5(tmp_path / "a.mat", ["w"]) == {}
+
+
+def test_unpacking_is_bounded(tmp_path, monkeypatch):
+    savemat(tmp_path / "a.mat", {"v": np.zeros(1 << 18)}, do_compression=True)
+    monkeypatch.setattr("group_sampling.evaluation.mat5._MAX_VARIABLE_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="cut off or larger than 1 MiB"):
+        read_mat5(tmp_path / "a.mat", ["v"])

@@ -1,0 +1,516 @@
+"""The WIDER FACE protocol against a transcription in plain loops, hand-worked cases and published result sets."""
+
+import json
+import math
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from group_sampling.evaluation import WiderFaceAP, read_predictions
+
+
+def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty_images, score_range=None):
+    """The published evaluation, loop by loop. Boxes are (x, y, w, h), detections (x, y, w, h, score), dicts by image.
+
+    Returns AP and the (proposals, hits) at every threshold. ``score_range`` replaces the range of the given scores.
+    """
+    if any(math.isnan(detection[4]) for rows in detections.values() for detection in rows):
+        raise ValueError("NaN score")
+    scores = [detection[4] for rows in detections.values() for detection in rows]
+    lowest, highest = score_range or (min(scores, default=0), max(scores, default=0))
+    totals = [[0, 0] for _ in range(num_thresholds)]
+    for image, faces in truth.items():
+        rows = detections.get(image, [])
+        if not rows or (not faces and skip_empty_images):
+            continue
+        rows = sorted(rows, key=lambda row: -row[4])
+        normalised = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
+        state = [0] * len(faces)
+        is_proposal, recalled = [], []
+        for x, y, w, h, _ in rows:
+            best, best_index = 0.0, None
+            for index, (fx, fy, fw, fh) in enumerate(faces):
+                overlap_w = min(x + w, fx + fw) - max(x, fx) + 1
+                overlap_h = min(y + h, fy + fh) - max(y, fy) + 1
+                if overlap_w <= 0 or overlap_h <= 0:
+                    continue
+                overlap = overlap_w * overlap_h
+                area = ((x + w) - x + 1) * ((y + h) - y + 1)
+                face_area = ((fx + fw) - fx + 1) * ((fy + fh) - fy + 1)
+                iou = overlap / (area + face_area - overlap)
+                if iou > best:
+                    best, best_index = iou, index
+            is_proposal.append(True)
+            if best >= 0.5:
+                if not counted[image][best_index]:
+                    state[best_index] = -1
+                    is_proposal[-1] = False
+                elif state[best_index] == 0:
+                    state[best_index] = 1
+            recalled.append(state.count(1))
+        for t in range(num_thresholds):
+            threshold = 1 - (t + 1) / num_thresholds
+            above = sum(score >= threshold for score in normalised)
+            if above:
+                totals[t][0] += is_proposal[:above].count(True)
+                totals[t][1] += recalled[above - 1]
+    num_faces = sum(sum(flags) for flags in counted.values())
+    if num_faces == 0:
+        return math.nan, totals
+    recall = [0.0] + [hits / num_faces for _, hits in totals] + [1.0]
+    precision = [0.0] + [hits / proposals if proposals else 0.0 for proposals, hits in totals] + [0.0]
+    for i in range(len(precision) - 2, -1, -1):
+        precision[i] = max(precision[i], precision[i + 1])
+    return sum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall))), totals
+
+
+def xyxy(rows):
+    return np.array([[x, y, x + w, y + h] for x, y, w, h in (row[:4] for row in rows)], dtype=float).reshape(-1, 4)
+
+
+def evaluate(truth, subsets, ignore, detections, scale_of=None, **options):
+    evaluator = WiderFaceAP(
+        {image: xyxy(faces) for image, faces in truth.items()}, ignore=ignore, subsets=subsets, **options
+    )
+    for image, rows in detections.items():
+        scales = None if scale_of is None else [scale_of[image][i] for i in range(len(rows))]
+        evaluator.update(image, xyxy(rows), [row[4] for row in rows], scales)
+    return evaluator.compute()
+
+
+def random_set(seed):
+    """A small data set: crowds on a coarse grid (equal IoUs), few distinct scores, missing and empty images."""
+    rng = np.random.default_rng(seed)
+    kind = ("mixed", "fine", "one score", "mixed", "no detections", "no faces")[seed % 6]
+    step = 1 if kind == "fine" else 4
+    truth, counted, ignore, detections, scales = {}, {}, {}, {}, {}
+    for number in range(rng.integers(1, 6)):
+        image = f"{number}--Event/{number}_" + ("big", "face.jpg", "g", "jpg")[number % 4]
+        faces = [] if kind == "no faces" or rng.random() < 0.15 else rng.integers(0, 24, (rng.integers(1, 8), 4)) * step
+        faces = [tuple(int(v) for v in face) for face in faces]
+        truth[image] = faces
+        ignore[image] = [bool(v) for v in rng.random(len(faces)) < 0.2]
+        counted[image] = [bool(v) and not skip for v, skip in zip(rng.random(len(faces)) < 0.7, ignore[image])]
+        if kind == "no detections" or rng.random() < 0.2:
+            if rng.random() < 0.5:
+                detections[image] = []
+            continue
+        rows = []
+        for _ in range(rng.integers(1, 14)):
+            if faces and rng.random() < 0.7:
+                box = np.array(faces[rng.integers(len(faces))]) + rng.integers(-2, 3, 4) * (step // 2 or 1)
+            else:
+                box = rng.integers(0, 24, 4) * step
+            score = {"one score": 0.25, "fine": rng.normal()}.get(kind, rng.integers(0, 6) / 5)
+            rows.append((int(box[0]), int(box[1]), max(0, int(box[2])), max(0, int(box[3])), float(score)))
+        detections[image] = rows
+        scales[image] = rng.choice([16, 32, 64, 128], len(rows))
+    return (
+        truth,
+        counted,
+        ignore,
+        detections,
+        scales,
+        int(rng.choice([1, 7, 50, 100, 1000], p=[0.1, 0.2, 0.3, 0.3, 0.1])),
+    )
+
+
+def is_face(box):
+    return box[2] > 0 and box[3] > 0
+
+
+def nearest_scale(box, scales=(16, 32, 64, 128)):
+    size = math.log(math.sqrt(box[2] * box[3]))
+    return min(scales, key=lambda s: (round(abs(math.log(s) - size), 9), s))
+
+
+def assert_equal(result, name, expected, num_faces):
+    ap, totals = expected
+    np.testing.assert_allclose(result.ap[name], ap, rtol=0, atol=1e-12)
+    recall, precision = result.curves[name]
+    for i, (proposals, hits) in enumerate(totals):
+        assert math.isnan(precision[i]) if proposals == 0 else precision[i] == hits / proposals
+        assert math.isnan(recall[i]) if num_faces == 0 else recall[i] == hits / num_faces
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_equals_the_published_protocol(block):
+    partial = 0
+    for seed in range(block * 100, block * 100 + 100):
+        truth, kept, ignore, detections, _, size = random_set(seed)
+        result = evaluate(truth, {"easy": kept}, ignore, detections, num_thresholds=size)
+        every = {image: [is_face(f) and not i for f, i in zip(faces, ignore[image])] for image, faces in truth.items()}
+        for name, counted, skip in (("easy", kept, True), ("all", every, False)):
+            expected = published_protocol(truth, counted, detections, num_thresholds=size, skip_empty_images=skip)
+            num_faces = sum(map(sum, counted.values()))
+            assert result.num_faces[name] == num_faces, seed
+            assert_equal(result, name, expected, num_faces)
+            partial += 0 < expected[0] < 1
+    assert partial > 60  # of 200: most sets are no trivial ones
+
+
+def test_scales_equal_the_protocol_on_their_detections_and_faces():
+    for seed in range(100):
+        truth, _, ignore, detections, scales, size = random_set(seed)
+        result = evaluate(truth, None, ignore, detections, scales, num_thresholds=size)
+        scores = [row[4] for rows in detections.values() for row in rows]
+        if not scores:
+            continue
+        assert list(result.ap) == ["all", "@16", "@32", "@64", "@128"]
+        for scale in (16, 32, 64, 128):
+            counted = {
+                image: [is_face(f) and not i and nearest_scale(f) == scale for f, i in zip(faces, ignore[image])]
+                for image, faces in truth.items()
+            }
+            mine = {
+                image: [row for row, s in zip(rows, scales.get(image, [])) if s == scale]
+                for image, rows in detections.items()
+            }
+            expected = published_protocol(
+                truth,
+                counted,
+                mine,
+                num_thresholds=size,
+                skip_empty_images=False,
+                score_range=(min(scores), max(scores)),
+            )
+            assert result.num_detections[f"@{scale}"] == sum(map(len, mine.values()))
+            assert_equal(result, f"@{scale}", expected, sum(map(sum, counted.values())))
+
+
+def test_the_scales_partition_faces_and_detections():
+    for seed in range(60):
+        truth, _, ignore, detections, scales, _ = random_set(seed)
+        result = evaluate(truth, None, ignore, detections, scales)
+        names = [name for name in result.ap if name.startswith("@")]
+        if names:
+            assert sum(result.num_faces[name] for name in names) == result.num_faces["all"]
+            assert sum(result.num_detections[name] for name in names) == result.num_detections["all"]
+
+
+def test_one_scale_for_everything_equals_all():
+    for seed in range(60):
+        truth, _, ignore, detections, scales, _ = random_set(seed)
+        scales = {image: np.full(len(rows), 32) for image, rows in scales.items()}
+        result = evaluate(truth, None, ignore, detections, scales, scales=[32])
+        if "@32" in result.ap:
+            np.testing.assert_equal(result.ap["@32"], result.ap["all"])
+            np.testing.assert_equal(result.curves["@32"], result.curves["all"])
+
+
+@pytest.mark.parametrize(
+    "width, height, scale", [(16, 32, 16), (23, 23, 32), (22, 22, 16), (32, 64, 32), (64, 128, 64)]
+)
+def test_the_nearest_scale_is_the_smaller_one_on_a_tie(width, height, scale):
+    evaluator = WiderFaceAP({"a": [[5, 5, 5 + width, 5 + height]]})
+    evaluator.update("a", [], [], anchor_scales=[])
+    faces = evaluator.compute().num_faces
+    assert [name for name in faces if name != "all" and faces[name]] == [f"@{scale}"]
+
+
+def test_hand_worked_case():
+    # 10 x 10 faces are 11 x 11 = 121 pixels. Shifted by 3: overlap 88, union 154, IoU 4/7; by 4: 77 / 165 < 0.5.
+    evaluator = WiderFaceAP({"a": [[0, 0, 10, 10], [50, 0, 60, 10]], "b": [[0, 0, 10, 10]]}, num_thresholds=10)
+    evaluator.update("a", [[3, 0, 13, 10], [0, 0, 10, 10], [54, 0, 64, 10]], [1.0, 0.85, 0.45])
+    evaluator.update("b", [[0, 0, 10, 10]], [0.0])
+    result = evaluator.compute()
+    # By falling score: hit, duplicate, miss, hit. Recall 1/3 at precision 1, then 2/3 at precision 2/4.
+    assert result.ap["all"] == pytest.approx(1 / 3 * 1 + 1 / 3 * 2 / 4, abs=1e-15)
+    recall, precision = result.curves["all"]
+    assert recall.tolist() == [1 / 3] * 9 + [2 / 3]  # thresholds 0.9, 0.8, ..., 0.0
+    assert precision.tolist() == [1] + [1 / 2] * 4 + [1 / 3] * 4 + [2 / 4]
+
+
+def test_no_detections_and_no_faces():
+    evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]]}, subsets={"easy": {"a": [False]}})
+    result = evaluator.compute()
+    assert result.ap["all"] == 0 and math.isnan(result.ap["easy"])
+    assert result.counts["images_without_predictions"] == 1
+    empty = WiderFaceAP({}).compute()
+    assert math.isnan(empty.ap["all"]) and empty.counts["images"] == 0
+
+
+def test_detections_in_an_image_without_boxes():
+    evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]], "b": []}, subsets={"easy": {"a": [True], "b": []}})
+    evaluator.update("a", [[0, 0, 9, 9]], [0.5])
+    evaluator.update("b", [[0, 0, 9, 9]], [0.9])
+    result = evaluator.compute()
+    assert result.ap == {"easy": 1.0, "all": 0.5}  # the published code passes over image b, All does not
+    assert result.counts["images_without_faces"] == result.counts["detections_without_faces"] == 1
+
+
+def test_an_empty_box_stands_for_an_image_without_faces():
+    detections = {"a": [(0, 0, 9, 9, 0.5)], "b": [(30, 30, 9, 9, 0.9)]}
+    with_box = evaluate({"a": [(0, 0, 9, 9)], "b": [(0, 0, 0, 0)]}, None, None, detections)
+    without = evaluate({"a": [(0, 0, 9, 9)], "b": []}, None, None, detections)
+    assert with_box.ap == without.ap == {"all": 0.5} and with_box.num_faces == without.num_faces == {"all": 1}
+
+
+def test_ignored_and_odd_faces():
+    # The last two are inverted: they overlap nothing and are counted nowhere. The "area" of the last one is -100.
+    boxes = [[0, 0, 9, 9], [100, 0, 109, 9], [203, 0, 200, 9], [300, 0, 289, 9]]
+    evaluator = WiderFaceAP({"a": boxes}, ignore={"a": [False, True, False, False]})
+    evaluator.update("a", [[100, 0, 109, 9], [0, 0, 9, 9], [200, 0, 203, 9]], [0.9, 0.8, 0.1])
+    result = evaluator.compute()
+    assert result.num_faces["all"] == 1 and result.ap["all"] == 1
+    assert result.curves["all"][1][-1] == 1 / 2  # the first detection is left out, the last one is a false positive
+
+
+@pytest.mark.parametrize("ignore, ap", [([False, True], 1), ([True, False], 0)])
+def test_the_first_face_wins_a_tie(ignore, ap):
+    evaluator = WiderFaceAP({"a": [[0, 0, 10, 10], [4, 0, 14, 10]]}, ignore={"a": ignore})
+    evaluator.update("a", [[2, 0, 12, 10]], [1])  # IoU 99 / 143 with both
+    assert evaluator.compute().ap["all"] == ap
+
+
+def test_a_subset_cannot_keep_an_ignored_face():
+    evaluator = WiderFaceAP({"a": BOX * 2}, ignore={"a": [True, False]}, subsets={"easy": {"a": [True, False]}})
+    assert evaluator.compute().num_faces["easy"] == 0
+
+
+def test_scores_are_normalised_over_the_whole_set():
+    rng = np.random.default_rng(0)
+    boxes = {str(i): rng.integers(0, 50, (5, 4)) + [[0, 0, 60, 60]] for i in range(10)}
+    results = []
+    for scale, offset in ((1, 0), (1024, -512)):  # exact in binary
+        evaluator, draw = WiderFaceAP(boxes), np.random.default_rng(1)
+        for image, faces in boxes.items():
+            scores = draw.integers(0, 1 << 20, 5) / (1 << 20)
+            evaluator.update(image, faces + draw.integers(-9, 9, (5, 1)), scores * scale + offset)
+        results.append(evaluator.compute())
+    np.testing.assert_equal(results[0].curves, results[1].curves)
+    assert 0 < results[0].ap["all"] < 1
+
+
+def test_tensors_arrays_and_lists_are_the_same_and_copied():
+    boxes, scores = [[0, 0, 9, 9], [20, 0, 29, 9]], [0.5, 0.25]
+    results = []
+    for convert in (list, np.array, torch.tensor, lambda v: torch.tensor(v).double().repeat_interleave(2, dim=0)[::2]):
+        evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]]})
+        given = convert(boxes), convert(scores)
+        evaluator.update("a", *given)
+        if not isinstance(given[1], list):
+            given[1][:] = 7
+        results.append(evaluator.compute())
+    for result in results[1:]:
+        np.testing.assert_equal(result.curves, results[0].curves)
+
+
+def test_compute_can_be_called_in_between():
+    evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]], "b": [[0, 0, 9, 9]]})
+    evaluator.update("a", [[0, 0, 9, 9]], [1])
+    assert evaluator.compute().ap["all"] == 0.5
+    evaluator.update("b", [[0, 0, 9, 9]], [1])
+    assert evaluator.compute().ap["all"] == 1
+
+
+def test_crowds_are_matched_in_blocks():
+    rng = np.random.default_rng(3)
+    corners = rng.integers(0, 3000, (1500, 2)).astype(float)
+    faces = np.hstack([corners, corners + rng.integers(8, 60, (1500, 1))])
+    detections = np.repeat(faces, 3, axis=0) + rng.integers(-3, 4, (4500, 4)) * [1, 1, 2, 2]
+    detections[:, 2:] = np.maximum(detections[:, 2:], detections[:, :2])
+    scores = rng.random(4500)
+    whole = WiderFaceAP({"a": faces})
+    whole.update("a", detections, scores)
+    single = WiderFaceAP({"a": faces[::-1]})  # other blocks and another order
+    order = rng.permutation(4500)
+    single.update("a", detections[order], scores[order])
+    assert whole.compute().ap["all"] == pytest.approx(single.compute().ap["all"], abs=2e-3)  # ties go to the first face
+    assert whole.compute().ap["all"] > 0.3
+
+
+BOX = [[0.0, 0.0, 9.0, 9.0]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("nobody", BOX, [1]), "image 'nobody', which is not in the ground truth"),
+        (("done", BOX, [1]), "second predictions for image 'done'"),
+        (("a", [[0, 0, 9]], [1]), r"image 'a': boxes must have shape \(k, 4\), got \(1, 3\)"),
+        (("a", [[0, 0, math.nan, 9]], [1]), r"image 'a': boxes\[0\] must be finite"),
+        (("a", [[0, 0, 1e12, 9]], [1]), r"boxes\[0\] must be finite and below 1e\+09"),
+        (
+            ("a", BOX + [[9, 0, 3, 9]], [1, 1]),
+            r"boxes\[1\] must have x1 <= x2 and y1 <= y2, got \[9.0, 0.0, 3.0, 9.0\]",
+        ),
+        (("a", BOX, [math.nan]), r"image 'a': scores must be finite, got nan at \[0\]"),
+        (("a", BOX, [math.inf]), "scores must be finite, got inf"),
+        (("a", BOX, [1, 2]), r"scores must have shape \(1,\), one per box, got \(2,\)"),
+        (("a", BOX, [1], [16]), "anchor_scales must be given with all images or with none"),
+    ],
+)
+def test_refused_updates_change_nothing(arguments, message):
+    evaluator = WiderFaceAP({"a": BOX, "done": BOX})
+    evaluator.update("done", BOX, [0.5])
+    before = evaluator.compute()
+    with pytest.raises(ValueError, match=message):
+        evaluator.update(*arguments)
+    np.testing.assert_equal(evaluator.compute().curves, before.curves)
+    evaluator.update("a", BOX, [1])
+    assert evaluator.compute().ap["all"] == 1
+
+
+def test_refused_anchor_scales():
+    evaluator = WiderFaceAP({"a": BOX, "b": BOX})
+    with pytest.raises(ValueError, match=r"image 'a': anchor_scales must be among \[16.0, .*\], got 24.0"):
+        evaluator.update("a", BOX, [1], [24])
+    evaluator.update("a", BOX, [1], [16])
+    with pytest.raises(ValueError, match="with all images or with none"):
+        evaluator.update("b", BOX, [1])
+    evaluator.update("b", [], [])
+    ap = evaluator.compute().ap
+    assert ap["all"] == ap["@16"] == 0.5 and all(math.isnan(ap[name]) for name in ("@32", "@64", "@128"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"iou_thresh": 0}, "iou_thresh must be in"),
+        ({"iou_thresh": math.nan}, "iou_thresh must be in"),
+        ({"num_thresholds": 0}, "num_thresholds must be at least 1, got 0"),
+        ({"scales": [32, 16]}, "scales must be positive and ascending"),
+        ({"scales": []}, "scales must be positive and ascending, at least one"),
+        ({"scales": [0, 16]}, "scales must be positive"),
+        ({"ignore": {"b": [True]}}, "ignore: image 'b' is not in boxes"),
+        ({"ignore": {"a": [True, True]}}, r"ignore: image 'a' must have 1 flags, one per box, got shape \(2,\)"),
+        ({"subsets": {"easy": {}}}, "subset 'easy': image 'a' is missing"),
+        ({"subsets": {"all": {"a": [True]}}}, "the name 'all' is taken"),
+        ({"subsets": {"@16": {"a": [True]}}}, "the name '@16' is taken"),
+    ],
+)
+def test_refused_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        WiderFaceAP({"a": BOX}, **options)
+
+
+def test_refused_ground_truth():
+    with pytest.raises(ValueError, match=r"ground truth of image 'a': boxes\[0\] must be finite"):
+        WiderFaceAP({"a": [[0, 0, math.inf, 9]]})
+
+
+def test_scores_that_span_more_than_a_double():
+    evaluator = WiderFaceAP({"a": BOX})
+    evaluator.update("a", BOX * 2, [1.7e308, -1.7e308])
+    with pytest.raises(ValueError, match="span more than a double holds"):
+        evaluator.compute()
+
+
+def test_records():
+    record = types.SimpleNamespace(image_id="a", boxes=torch.tensor(BOX * 2), ignore=torch.tensor([False, True]))
+    evaluator = WiderFaceAP.from_records([record], scales=(8, 16))
+    evaluator.update("a", BOX, [1], [8])
+    assert evaluator.compute().num_faces == {"all": 1, "@8": 1, "@16": 0}
+    with pytest.raises(ValueError, match="two records have the image_id 'a'"):
+        WiderFaceAP.from_records([record, record])
+
+
+def example_result():
+    evaluator = WiderFaceAP({"a": [[0, 0, 20, 20], [50, 0, 70, 20]]}, subsets={"easy": {"a": [False, False]}})
+    evaluator.update("a", [[0, 0, 20, 20], [80, 0, 100, 20]], [0.9, 0.1], [16, 128])
+    return evaluator.compute()
+
+
+def test_table():
+    assert example_result().table().split("\n") == [
+        "subset  AP (%)    faces  detections",
+        "Easy       n/a        0           2",
+        "All      50.00        2           2",
+        "@16      50.00        2           1",
+        "@32        n/a        0           0",
+        "@64        n/a        0           0",
+        "@128       n/a        0           1",
+    ]
+
+
+def test_json(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    example_result().to_json(path)
+    content = json.loads(path.read_text())
+    assert content["ap"] == {"easy": None, "all": 0.5, "@16": 0.5, "@32": None, "@64": None, "@128": None}
+    assert content["iou_thresh"] == 0.5 and content["counts"]["detections"] == 2
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_json_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        example_result().to_json(path)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["pr.png", "curves"])
+def test_plot(tmp_path, name):
+    from matplotlib.image import imread
+
+    example_result().plot(tmp_path / name)  # undefined curves and curves of one point are part of it
+    image = imread(tmp_path / name, format="png")
+    assert image.shape[0] >= 600 and image.shape[1] >= 600
+    assert len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 10
+
+
+def published_sets(shared_data):
+    expected = json.loads((shared_data / "wider/predictions/expected_ap.json").read_text())
+    return {name: value for name, value in expected.items() if name != "note"}
+
+
+def assert_published_ap(shared_data, name):
+    evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
+    shuffled = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
+    rng = np.random.default_rng(0)
+    for image, boxes, scores in read_predictions(shared_data / f"wider/predictions/{name}.tar.xz"):
+        evaluator.update(image, boxes, scores)
+        order = rng.permutation(len(scores))
+        shuffled.update(image, boxes[order], scores[order])
+    result, expected = evaluator.compute(), published_sets(shared_data)[name]
+    assert result.counts["detections"] == expected["detections"]
+    assert result.num_faces == {"easy": 7211, "medium": 13319, "hard": 31958, "all": 39112}
+    for subset in ("easy", "medium", "hard"):
+        assert result.ap[subset] == pytest.approx(expected[subset], abs=1e-6)
+    np.testing.assert_equal(shuffled.compute().curves, result.curves)
+
+
+def test_a_published_result_set(shared_data):
+    assert_published_ap(shared_data, "thflgg133+RetinaFace-optimization")
+
+
+@pytest.mark.slow
+def test_all_published_result_sets(shared_data):
+    names = list(published_sets(shared_data))
+    assert len(names) == 5
+    for name in names:
+        assert_published_ap(shared_data, name)
+
+
+@pytest.mark.slow
+def test_the_text_annotation_gives_the_same_as_the_official_files(shared_data):
+    read_annotations = pytest.importorskip("group_sampling.data.wider_face").read_annotations
+    records = read_annotations(shared_data / "wider/annotations/wider_face_val_bbx_gt.txt.gz", "images")
+    # The parser drops empty boxes, so four images are left without any; their detections still count as false.
+    from_text = WiderFaceAP.from_records(records)
+    official = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
+    path = shared_data / "wider/predictions/2aliveDeepfake+face_5landmark.tar.xz"
+    for image, boxes, scores in read_predictions(path):
+        scale = 16 << len(image) % 4
+        from_text.update(image, boxes, scores, [scale] * len(boxes))
+        official.update(image, boxes, scores, [scale] * len(boxes))
+    expected, result = official.compute(), from_text.compute()
+    assert result.counts["images_without_faces"] == 4 and result.counts["detections_without_faces"] > 0
+    for name in result.ap:
+        np.testing.assert_equal(result.curves[name], expected.curves[name])
+
+
+def test_neither_torch_nor_scipy_is_imported():
+    code = "import sys, group_sampling.evaluation; sys.exit(str({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == "set()"

@@ -46,7 +46,14 @@ TINY = [
 def make_args(repository, tmp_path):
     def make(*opts, name="fpn_finest_sampling", **flags):
         config = repository / f"projects/GroupSampling/configs/{name}.yaml"
-        defaults = {"resume": False, "eval_only": False, "num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+        defaults = {
+            "resume": False,
+            "eval_only": False,
+            "num_gpus": 1,
+            "num_machines": 1,
+            "machine_rank": 0,
+            "dist_url": "auto",
+        }
         return SimpleNamespace(
             config_file=str(config), opts=[*TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts], **{**defaults, **flags}
         )
@@ -134,8 +141,22 @@ def test_rpn_in_a_stock_meta_architecture(make_cfg):
     cfg = make_cfg(
         *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
         *("MODEL.ROI_HEADS.IN_FEATURES", "['p2']", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
-        *("MODEL.ROI_BOX_HEAD.NUM_FC", "1", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "3"),
-        *("MODEL.RPN.NMS_THRESH", "0.7", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "50", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+        *(
+            "MODEL.ROI_BOX_HEAD.NUM_FC",
+            "1",
+            "MODEL.ROI_BOX_HEAD.FC_DIM",
+            "32",
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+            "3",
+        ),
+        *(
+            "MODEL.RPN.NMS_THRESH",
+            "0.7",
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+            "50",
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+            "16",
+        ),
     )
     model, losses = train_steps(cfg)
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
@@ -147,7 +168,11 @@ def make_example(boxes, ignore=(), size=128):
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
     image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return {"image": image, "instances": instances, "ignore_boxes": Boxes(torch.tensor(ignore, dtype=torch.float32).reshape(-1, 4))}
+    return {
+        "image": image,
+        "instances": instances,
+        "ignore_boxes": Boxes(torch.tensor(ignore, dtype=torch.float32).reshape(-1, 4)),
+    }
 
 
 @pytest.mark.parametrize(
@@ -202,7 +227,9 @@ def test_main_trains_evaluates_and_resumes(make_args, tmp_path):
     whole, resumed = (torch.load(f"{folder}/model_final.pth", weights_only=True)["model"] for folder in (out, halves))
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
-    evaluated = _work(make_args("MODEL.WEIGHTS", str(out / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval"), eval_only=True))
+    evaluated = _work(
+        make_args("MODEL.WEIGHTS", str(out / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval"), eval_only=True)
+    )
     assert evaluated["wider_face"]["AP_all"] == pytest.approx(100 * results["ap"]["all"])
 
 
@@ -214,7 +241,9 @@ def test_default_predictor(make_cfg):
 
 def test_datasets_are_registered(make_cfg):
     make_cfg()
-    assert {"wider_face_train", "wider_face_val", "wider_face_test", "synthetic_faces_train"} <= set(DatasetCatalog.list())
+    assert {"wider_face_train", "wider_face_val", "wider_face_test", "synthetic_faces_train"} <= set(
+        DatasetCatalog.list()
+    )
     dicts = DatasetCatalog.get("synthetic_faces_val")
     assert len(dicts) == 3 and MetadataCatalog.get("synthetic_faces_val").thing_classes == ["face"]
 
@@ -230,7 +259,10 @@ def test_dataset_dicts_convert_back(make_cfg):
 def test_mapper_in_detectron2s_own_loader(make_cfg):
     cfg = make_cfg()
     loader = build_detection_train_loader(
-        DatasetCatalog.get("synthetic_faces_train"), mapper=d2.GroupSamplingMapper(cfg, True), total_batch_size=2, num_workers=0
+        DatasetCatalog.get("synthetic_faces_train"),
+        mapper=d2.GroupSamplingMapper(cfg, True),
+        total_batch_size=2,
+        num_workers=0,
     )
     batch = next(iter(loader))
     assert len(batch) == 2 and batch[0]["image"].shape[0] == 3 and batch[0]["instances"].has("gt_boxes")
@@ -305,4 +337,8 @@ def test_command_line_says_which_engine(repository):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "engine: detectron2" in done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith("train_net.py: command line: this engine knows no key MODEL.TYPO")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("train_net.py: command line: this engine knows no key MODEL.TYPO")
+    )

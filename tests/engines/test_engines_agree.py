@@ -64,7 +64,9 @@ def engines(request, repository, tmp_path):
 
 def tv_forward(engines):
     images = [example.image.float() for example in engines.tv_batch]
-    return engines.tv_model(images, [example.target for example in engines.tv_batch] if engines.tv_model.training else None)
+    return engines.tv_model(
+        images, [example.target for example in engines.tv_batch] if engines.tv_model.training else None
+    )
 
 
 def test_weights_convert_back(engines):
@@ -126,7 +128,10 @@ def test_training_steps_agree(engines):
             for group in tv_optimizer.param_groups:
                 group["lr"] = lr
             engines.tv_model.rpn.iteration = iteration
-            for optimizer, losses in ((d2_optimizer, engines.d2_model(engines.d2_batch)), (tv_optimizer, tv_forward(engines))):
+            for optimizer, losses in (
+                (d2_optimizer, engines.d2_model(engines.d2_batch)),
+                (tv_optimizer, tv_forward(engines)),
+            ):
                 optimizer.zero_grad()
                 sum(losses.values()).backward()
                 optimizer.step()

@@ -1,0 +1,92 @@
+"""What a run writes while it goes: log, ``metrics.json``, TensorBoard scalars, with Detectron2's names."""
+
+import datetime
+import json
+import logging
+import math
+import os
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import fmean, median
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+LOG_PERIOD = 20  # iterations
+
+
+@contextmanager
+def logging_to(folder: str, rank: int) -> Iterator[None]:
+    """Log to ``folder/log.txt`` and, on the main process, to the console; other ranks write ``log.txt.rank<r>``."""
+    os.makedirs(folder, exist_ok=True)
+    handlers: list[logging.Handler] = [
+        logging.FileHandler(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"), encoding="utf-8")
+    ]
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    loggers = [logging.getLogger(name) for name in ("group_sampling", "fvcore")]
+    levels = [log.level for log in loggers]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
+    for log in loggers:
+        log.setLevel(logging.INFO)
+        for handler in handlers:
+            log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels):
+            log.setLevel(level)
+            for handler in handlers:
+                log.removeHandler(handler)
+        for handler in handlers:
+            handler.close()
+
+
+class MetricWriter:
+    """Collects the scalars of every iteration and writes them every :data:`LOG_PERIOD` iterations.
+
+    Losses and times are medians over that period, as Detectron2 writes them, sample counts ("rpn/...") means.
+    """
+
+    def __init__(self, folder: str, start_iter: int, max_iter: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._max_iter = max_iter
+        self._file = open(os.path.join(folder, "metrics.json"), "a", encoding="utf-8")  # noqa: SIM115 (close())
+        self._tensorboard = SummaryWriter(folder, purge_step=start_iter)
+        self._window: dict[str, list[float]] = defaultdict(list)
+        self._times: deque[float] = deque(maxlen=1000)
+
+    def step(self, iteration: int, scalars: dict[str, float], lr: float) -> None:
+        """Take in the scalars of an iteration: "time" and "data_time" in seconds, losses, counts."""
+        self._times.append(scalars["time"])
+        for name, value in scalars.items():
+            self._window[name].append(value)
+        if (iteration + 1) % LOG_PERIOD and iteration + 1 < self._max_iter:
+            return
+        smooth = {n: fmean(v) if n.startswith("rpn/") else median(v) for n, v in self._window.items()}
+        self._window.clear()
+        eta = median(self._times) * (self._max_iter - iteration - 1)
+        self.write(iteration, {**smooth, "lr": lr, "eta_seconds": eta})
+        losses = "  ".join(f"{name}: {value:.4g}" for name, value in smooth.items() if "loss" in name)
+        memory = f"  max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M" if torch.cuda.is_available() else ""
+        logger.info(
+            f"eta: {datetime.timedelta(seconds=int(eta))}  iter: {iteration}  {losses}  time: {smooth['time']:.4f}  "
+            f"data_time: {smooth['data_time']:.4f}  lr: {lr:.5g}{memory}"
+        )
+
+    def write(self, iteration: int, scalars: dict[str, float]) -> None:
+        """Write a line of ``metrics.json``, and to TensorBoard. NaN (AP of a scale without faces) is left out."""
+        scalars = {name: value for name, value in scalars.items() if not math.isnan(value)}
+        self._file.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()

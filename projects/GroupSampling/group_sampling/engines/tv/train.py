@@ -1,0 +1,338 @@
+"""Training and evaluation with torchvision's models, in one process or several."""
+
+import argparse
+import datetime
+import logging
+import os
+import socket
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import clip_boxes_to_image
+
+from ...checkpoint import CheckpointMixin
+from ...data.loader import build_test_loader
+from ...data.records import ImageRecord
+from ...env import collect_env
+from ...files import write_atomically
+from ..common import (
+    ConfigError,
+    build_test_transform,
+    build_training_loader,
+    evaluate_detections,
+    load_records,
+    resolve_seed,
+)
+from .config import load_config
+from .events import MetricWriter, logging_to
+from .model import GroupSamplingRCNN, build_model
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 5.0  # between two lines of an evaluation's progress
+
+
+class GroupSamplingCheckpointer(CheckpointMixin, Checkpointer):
+    """fvcore's checkpointer: atomic, code-free, and reads the Detectron2 engine's files as well."""
+
+    naming = "torchvision"
+
+
+class Example(NamedTuple):
+    """One input of the model: what the loader's workers hand over."""
+
+    image: Tensor  # (3, H, W) uint8 RGB
+    target: dict[str, Tensor]  # "boxes" (m, 4) and "ignore_boxes" (k, 4) XYXY in pixels of ``image``
+    record: ImageRecord
+
+
+def to_example(image: np.ndarray, boxes, classes, ignore_boxes, record: ImageRecord, draw: int) -> Example:
+    target = {"boxes": torch.as_tensor(boxes), "ignore_boxes": torch.as_tensor(ignore_boxes)}
+    return Example(torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1))), target, record)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
+    """SGD with Detectron2's parameter groups: ``WEIGHT_DECAY_NORM`` for the norms, ``WEIGHT_DECAY`` for the rest."""
+    norms, others = [], []
+    for module in model.modules():
+        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else others
+        group += [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+    return torch.optim.SGD(
+        [{"params": others}, {"params": norms, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM}],
+        lr=cfg.SOLVER.BASE_LR,
+        momentum=cfg.SOLVER.MOMENTUM,
+        nesterov=cfg.SOLVER.NESTEROV,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        foreach=True,
+    )
+
+
+def build_lr_schedule(cfg: CfgNode) -> ParamScheduler:
+    """Detectron2's ``WarmupMultiStepLR``: the factor of ``BASE_LR`` at iteration / ``MAX_ITER``."""
+    solver = cfg.SOLVER
+    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
+    schedule = MultiStepParamScheduler(
+        values=[solver.GAMMA**k for k in range(len(steps) + 1)], milestones=steps, num_updates=solver.MAX_ITER
+    )
+    length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
+    start = solver.WARMUP_FACTOR * schedule(0.0)
+    if solver.WARMUP_METHOD == "constant":
+        warmup = ConstantParamScheduler(start)
+    else:
+        warmup = LinearParamScheduler(start, schedule(length))
+    return CompositeParamScheduler(
+        [warmup, schedule], lengths=[length, 1 - length], interval_scaling=["rescaled", "fixed"]
+    )
+
+
+def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool) -> dict[str, float]:
+    """Train until ``SOLVER.MAX_ITER`` and evaluate.
+
+    Args:
+        resume: go on from the last checkpoint in ``OUTPUT_DIR``, if there is one. Images, draws and learning rates
+            depend on ``SEED`` and the iteration alone, so the run continues as if it had not been interrupted.
+
+    Returns:
+        The metrics of the last evaluation, see :func:`evaluate`.
+
+    Raises:
+        FloatingPointError: a loss is not finite; raised in every process, before any weight is changed.
+        ConfigError: the checkpoint to go on from is the other engine's.
+    """
+    optimizer = build_optimizer(cfg, model)
+    schedule = build_lr_schedule(cfg)
+    is_main, max_iter = _rank() == 0, cfg.SOLVER.MAX_ITER
+    checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, optimizer=optimizer)
+    resume = resume and checkpointer.has_checkpoint()
+    saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    start_iter = saved["iteration"] + 1 if resume else 0
+    periodic_checkpointer = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
+
+    loader = build_training_loader(cfg, to_example, rank=_rank(), world_size=_world_size(), start_iter=start_iter)
+    parallel: nn.Module = model
+    if _world_size() > 1:
+        parallel = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
+    logger.info(f"Training from iteration {start_iter} to {max_iter} on {_world_size()} x {device}")
+    model.train()
+    batches = iter(loader)
+    for iteration in range(start_iter, max_iter):
+        start = time.perf_counter()
+        batch = next(batches)
+        data_time = time.perf_counter() - start
+
+        lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.rpn.iteration = iteration
+        losses = parallel(
+            [example.image.to(device).float() for example in batch],
+            [{name: boxes.to(device) for name, boxes in example.target.items()} for example in batch],
+        )
+        total_loss = sum(losses.values())
+        scalars = _mean_over_ranks({"total_loss": total_loss, **losses, **model.rpn.sample_counts})
+        if not np.isfinite(scalars["total_loss"]):
+            _raise_non_finite(iteration, losses, batch)
+        optimizer.zero_grad()
+        total_loss.backward()
+        optimizer.step()
+
+        if writer:
+            writer.step(iteration, {**scalars, "time": time.perf_counter() - start, "data_time": data_time}, lr)
+        periodic_checkpointer.step(iteration)
+        is_last = iteration + 1 == max_iter
+        if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
+            metrics = evaluate(cfg, model, device)
+            if writer and metrics:
+                writer.write(iteration, metrics)
+    if loader.summary():
+        logger.warning(loader.summary())
+    metrics = evaluate(cfg, model, device)
+    if writer:
+        if metrics:
+            writer.write(max_iter - 1, metrics)
+        writer.close()
+    return metrics
+
+
+def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device) -> dict[str, float]:
+    """Detect on ``DATASETS.TEST``, each process on its share, and score on the main one.
+
+    Returns:
+        On the main process "wider_face/AP_all", "wider_face/AP@16", ... in percent, with the name of the data set in
+        front when there are several; elsewhere nothing. The model is left in the mode in which it was.
+
+    Raises:
+        UnreadableImageError: an image of the data set cannot be read.
+    """
+    metrics = {}
+    was_training = model.training
+    model.eval()
+    for name in cfg.DATASETS.TEST:
+        records = load_records(cfg, [name])
+        shares = [_detect(cfg, model, device, name, records)]
+        if _world_size() > 1:
+            gathered = [None] * _world_size() if _rank() == 0 else None
+            dist.gather_object(shares[0], gathered)
+            shares = gathered
+        if _rank() == 0:
+            detections = {image_id: found for share in shares for image_id, found in share.items()}
+            prefix = "wider_face/" if len(cfg.DATASETS.TEST) == 1 else f"{name}/wider_face/"
+            results = evaluate_detections(cfg, name, records, detections)
+            metrics.update({prefix + key: value for key, value in results.items()})
+    model.train(was_training)
+    return metrics
+
+
+@torch.no_grad()
+def _detect(
+    cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: str, records: list[ImageRecord]
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """image_id -> boxes (k, 4) in pixels of the original image, scores (k,), anchor scales (k,); this rank's share."""
+    loader = build_test_loader(
+        records,
+        build_test_transform(cfg),
+        to_example,
+        rank=_rank(),
+        world_size=_world_size(),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    detections = {}
+    start = last_report = time.perf_counter()
+    for done, (example,) in enumerate(loader, start=1):
+        output = model([example.image.to(device).float()])[0]
+        (height, width), record = example.image.shape[-2:], example.record
+        factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)
+        boxes = clip_boxes_to_image(output["boxes"] * factors, (record.height, record.width))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        found = boxes[keep], output["scores"][keep], output["anchor_scales"][keep]
+        detections[record.image_id] = tuple(tensor.cpu().numpy() for tensor in found)
+        now = time.perf_counter()
+        if now - last_report > _PROGRESS_SECONDS:
+            eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))
+            logger.info(f"{name}: {done} of {len(loader)} images, eta: {eta}")
+            last_report = now
+    return detections
+
+
+def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """One read-back and, with several processes, one reduction for all scalars."""
+    values = torch.stack([value.detach().float() for value in scalars.values()])
+    if _world_size() > 1:
+        dist.all_reduce(values)
+        values /= _world_size()
+    return dict(zip(scalars, values.tolist()))
+
+
+def _raise_non_finite(iteration: int, losses: dict[str, Tensor], batch: list[Example]) -> None:
+    values = {name: loss.item() for name, loss in losses.items()}
+    where = "another process" if np.isfinite(list(values.values())).all() else "this process"
+    raise FloatingPointError(
+        f"iteration {iteration}: the loss of {where} is not finite. No weight was changed. Here the losses are "
+        f"{values}, of the images {[example.record.file_name for example in batch]}"
+    )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _shared_random_seed() -> int:
+    seed = [torch.seed() % 2**31]
+    if _world_size() > 1:
+        dist.broadcast_object_list(seed)
+    return seed[0]
+
+
+def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """What each process does."""
+    resolve_seed(cfg, keep=args.resume or args.eval_only, shared_random_seed=_shared_random_seed)
+    cfg.freeze()
+    with logging_to(cfg.OUTPUT_DIR, _rank()):
+        if _rank() == 0:
+            logger.info("Environment:\n" + "\n".join(f"{name}: {value}" for name, value in collect_env()))
+            path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+            write_atomically(path, cfg.dump().encode())
+            logger.info(f"Config of this run, written to {path}:\n{cfg.dump()}")
+        torch.manual_seed(cfg.SEED)
+        model = build_model(cfg).to(device)
+        if args.eval_only:
+            GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            return evaluate(cfg, model, device)
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        return train(cfg, model, device, resume=args.resume)
+
+
+def _work_in_group(
+    local_rank: int, cfg: CfgNode, args: argparse.Namespace, init_method: str, first_rank: int, world_size: int
+) -> dict[str, float]:
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # gloo carries the Python objects, also beside nccl.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=init_method, rank=first_rank + local_rank, world_size=world_size)
+    metrics = _work(cfg, args, device)
+    dist.destroy_process_group()
+    return metrics
+
+
+def main(args: argparse.Namespace) -> dict[str, float] | None:
+    """Run what ``train_net.py`` was asked for.
+
+    Args:
+        args: with the attributes of Detectron2's ``default_argument_parser``. ``num_gpus`` is the number of processes
+            on this machine, also with ``MODEL.DEVICE cpu``. Under ``torchrun`` its process group is joined instead.
+
+    Returns:
+        The metrics, see :func:`evaluate`; nothing where the processes were started from here.
+
+    Raises:
+        ConfigError: the config or the number of processes is not usable here.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        if args.num_gpus > 1:
+            raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, leave it out")
+        rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
+        return _work_in_group(local_rank, cfg, args, "env://", rank - local_rank, int(env["WORLD_SIZE"]))
+    device = torch.device(cfg.MODEL.DEVICE)
+    if args.num_gpus * args.num_machines <= 1:
+        return _work(cfg, args, device)
+    if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
+    init_method = args.dist_url
+    if init_method == "auto":
+        if args.num_machines > 1:
+            raise ConfigError(
+                "--dist-url auto: several machines need an address that all of them know, tcp://host:port"
+            )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            init_method = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    group = (init_method, args.machine_rank * args.num_gpus, args.num_gpus * args.num_machines)
+    mp.spawn(_work_in_group, args=(cfg, args, *group), nprocs=args.num_gpus)
+    return None

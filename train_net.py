@@ -17,13 +17,17 @@ from group_sampling.engines import ENGINES, resolve_engine
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
-    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES), help="auto: Detectron2 where importable")
+    parser.add_argument(
+        "--engine", default="auto", choices=("auto", *ENGINES), help="auto: Detectron2 where importable"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine, one GPU each")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="unique number of this machine")
-    parser.add_argument("--dist-url", default="auto", help="where the processes of several machines meet, tcp://host:port")
+    parser.add_argument(
+        "--dist-url", default="auto", help="where the processes of several machines meet, tcp://host:port"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_args(argv)
 

@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     terminalreporter.section("what this run covered")
     has_gpu, has_data = torch.cuda.is_available(), SHARED_DATA.is_dir()
-    write(f"engines   : torchvision{', detectron2' if has_detectron2 else '; Detectron2 is not installed (README.md, Install)'}")
+    write(f"engines   : torchvision{', detectron2' if has_detectron2 else '; Detectron2 is not installed (README.md)'}")
     if not status.loaded:
         operators = f"torch reference only; no extension: {status.reason}"
     elif status.cuda:
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter, config):
         operators = f"torch reference, C++; no CUDA kernels: {status.reason}"
     write(f"operators : {operators}")
     write(f"devices   : cpu{', cuda' if has_gpu else '; no GPU is visible, so no CUDA kernel was run'}")
-    write(f"data      : synthetic{', real WIDER FACE' if has_data else '; real WIDER FACE data is absent (../shared/data)'}")
+    write(f"data      : synthetic{', real WIDER FACE' if has_data else '; real WIDER FACE is absent (../shared/data)'}")
     write(f"selection : {config.getoption('-m') or 'all tests'}")
     reasons = Counter()
     for report in terminalreporter.stats.get("skipped", []):

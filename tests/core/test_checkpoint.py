@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from group_sampling.checkpoint import CheckpointMixin, convert_names, resolve_weights
+from group_sampling.config import ConfigError
 
 PAIRS = {  # Detectron2's name: torchvision's name
     "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
@@ -96,9 +97,9 @@ def test_foreign_checkpoint_is_refused(tmp_path):
 
 
 def test_missing_weights_name_the_key(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS is 'nowhere\.pth'"):
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is 'nowhere\.pth'"):
         resolve_weights("nowhere.pth")
-    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS.*resnet50"):
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS.*resnet50"):
         resolve_weights("torchvision://resnet7")
 
     def no_network(*args, **kwargs):
@@ -106,7 +107,7 @@ def test_missing_weights_name_the_key(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS.*no route to host.*local copy"):
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS.*no route to host.*local copy"):
         resolve_weights("torchvision://resnet50")
 
 
@@ -116,3 +117,15 @@ def test_downloaded_weights_are_used(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     file.touch()
     assert resolve_weights("torchvision://resnet18") == str(file)
+
+
+class _OtherEngine(CheckpointMixin, Checkpointer):
+    naming = "detectron2"
+
+
+def test_a_training_resumes_with_the_engine_that_wrote_it(tmp_path):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    _Checkpointer(nn.Linear(3, 2), str(tmp_path), optimizer=optimizer).save("model")
+    with pytest.raises(ConfigError, match=r"--resume: .*model\.pth was written by the torchvision engine"):
+        _OtherEngine(nn.Linear(3, 2), str(tmp_path), optimizer=optimizer).resume_or_load("", resume=True)
+    _OtherEngine(nn.Linear(3, 2), str(tmp_path)).resume_or_load("", resume=True)  # to evaluate, weights are enough

@@ -112,7 +112,10 @@ def test_ignore_regions_are_no_negatives():
 
 def test_draws_differ_between_iterations_and_repeat_with_the_seed():
     grid, gt = make_grid(), [faces((8, 8, 24, 24))]
-    draws = [AnchorSampler("group", num_samples=8, seed=s)(grid, gt, iteration=i).indices for s, i in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    draws = [
+        AnchorSampler("group", num_samples=8, seed=s)(grid, gt, iteration=i).indices
+        for s, i in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
     assert torch.equal(draws[0], draws[3])
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 

@@ -47,7 +47,9 @@ def paired_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Returns:
         (...) in [0, 1]; 0 (with zero gradient) where the boxes do not overlap.
     """
-    overlap = (torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(boxes1[..., :2], boxes2[..., :2])).clamp(min=0)
+    overlap = (torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(boxes1[..., :2], boxes2[..., :2])).clamp(
+        min=0
+    )
     intersection = overlap.prod(dim=-1)
     area1 = (boxes1[..., 2:] - boxes1[..., :2]).prod(dim=-1)
     area2 = (boxes2[..., 2:] - boxes2[..., :2]).prod(dim=-1)

@@ -14,6 +14,7 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
+from .config import ConfigError
 from .files import atomic_file, write_atomically
 
 # torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
@@ -94,14 +95,14 @@ def resolve_weights(path: str) -> str:
     """Turn ``MODEL.WEIGHTS`` into a local file; ``torchvision://resnet50`` is downloaded (and checked) by torch.hub.
 
     Raises:
-        ValueError: unknown name after ``torchvision://``.
-        FileNotFoundError: the file does not exist, or the download failed.
+        ConfigError: unknown name after ``torchvision://``, the file does not exist, or the download failed.
     """
     if path.startswith(TORCHVISION_PREFIX):
         name = path[len(TORCHVISION_PREFIX) :]
         if name not in TORCHVISION_WEIGHTS:
-            raise ValueError(
-                f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by one of {sorted(TORCHVISION_WEIGHTS)}"
+            raise ConfigError(
+                f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by one of "
+                f"{sorted(TORCHVISION_WEIGHTS)}"
             )
         url = TORCHVISION_WEIGHTS[name]
         local = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
@@ -110,13 +111,13 @@ def resolve_weights(path: str) -> str:
             try:
                 torch.hub.download_url_to_file(url, str(local), hash_prefix=url[:-4].rsplit("-", 1)[1])
             except (OSError, RuntimeError) as error:
-                raise FileNotFoundError(
+                raise ConfigError(
                     f"MODEL.WEIGHTS is {path!r}, but {url} could not be downloaded ({error}). Set MODEL.WEIGHTS to a "
                     f'local copy of that file (or put it at {local}), or to "" to train from scratch.'
                 ) from error
         return str(local)
     if "://" not in path and not os.path.isfile(path):
-        raise FileNotFoundError(
+        raise ConfigError(
             f'MODEL.WEIGHTS is {path!r}: no such file. Set it to a checkpoint, to "{TORCHVISION_PREFIX}resnet50", '
             'or to "" to train from scratch.'
         )
@@ -127,7 +128,7 @@ class CheckpointMixin:
     """Mixed into fvcore's ``Checkpointer`` or a subclass of it; the class it is mixed into states ``naming``.
 
     Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
-    refuses a file of which no parameter fits the model.
+    refuses a file of which no parameter fits the model. A training can only be resumed by the engine that wrote it.
     """
 
     naming: str
@@ -136,12 +137,12 @@ class CheckpointMixin:
         """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
+        data = {"model": self.model.state_dict(), "engine": self.naming}
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with atomic_file(path) as file:
+        with atomic_file(path, durable=True) as file:
             torch.save(data, file)
         self.tag_last_checkpoint(os.path.basename(path))
 
@@ -152,13 +153,28 @@ class CheckpointMixin:
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return super().load(resolve_weights(path) if path else path, *args, **kwargs)
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        resumes = resume and self.has_checkpoint()
+        extra = super().resume_or_load(path, resume=resume)
+        # Weights convert between the engines, the state of an optimizer does not.
+        if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
+            raise ConfigError(
+                f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
+                f"--engine {extra['engine']}, or start anew from it with MODEL.WEIGHTS and another OUTPUT_DIR"
+            )
+        return extra
+
     def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")):
-            raise ValueError(f"{filename}: pickled weights can run code and are not loaded; convert them to a .pth file")
+            raise ValueError(
+                f"{filename}: pickled weights can run code and are not loaded; convert them to a .pth file"
+            )
         try:
             checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{filename}: not a checkpoint that torch.load(weights_only=True) reads: {error}") from error
+            raise ValueError(
+                f"{filename}: not a checkpoint that torch.load(weights_only=True) reads: {error}"
+            ) from error
         if not isinstance(checkpoint, dict):
             raise ValueError(f"{filename}: expected a dict of parameters, found {type(checkpoint).__name__}")
         if "model" not in checkpoint:
@@ -166,7 +182,8 @@ class CheckpointMixin:
         model = convert_names(checkpoint["model"], self.naming)
         if not model.keys() & self.model.state_dict().keys():
             raise ValueError(
-                f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs to this model"
+                f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
+                "to this model"
             )
         checkpoint["model"] = model
         return checkpoint

@@ -1,17 +1,22 @@
 """The keys this project adds to Detectron2's config, each with its source in the paper.
 
 Keys that Detectron2 already has keep their name and meaning (``MODEL.RPN.IOU_THRESHOLDS`` are λ2 and λ1,
-``MODEL.RPN.POSITIVE_FRACTION`` is the 1:3, ...); their values from the paper stand in ``configs/Base-GroupSampling.yaml``.
+``MODEL.RPN.POSITIVE_FRACTION`` is the 1:3, ...); the paper's values stand in ``configs/Base-GroupSampling.yaml``.
 """
 
 from fvcore.common.config import CfgNode
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something that cannot be done; the message names the key."""
+
 
 # Paper, Sec. 5: training images are resized by 0.25 * n, n = 1 ... 8.
 SCALE_JITTER = tuple(0.25 * n for n in range(1, 9))
 
 
 def add_group_sampling_config(cfg: CfgNode) -> None:
-    """Add the keys of this project to ``cfg`` (Detectron2's, or the torchvision engine's) without changing any other."""
+    """Add the keys of this project to ``cfg``, Detectron2's or the torchvision engine's; no other key changes."""
     node = type(cfg)  # Detectron2 checks that children are of its own CfgNode class
 
     gs = cfg.MODEL.GROUP_SAMPLING = node()
@@ -29,9 +34,10 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # A face of which less than this share of its area is left after the crop is dropped.
     cfg.INPUT.MIN_VISIBLE = 0.5
 
-    # Data sets declared by a line of the config; paths are relative to $DETECTRON2_DATASETS.
+    # Data sets declared by a line of the config. Annotations and images are relative to $DETECTRON2_DATASETS. A list
+    # (one image path a line, the set is restricted to them) belongs to the config: relative to the working directory.
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
-    cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list of image paths]), ...)
+    cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list]), ...)
     # The built-in procedural faces: synthetic_faces_train and synthetic_faces_val.
     synthetic = cfg.DATASETS.SYNTHETIC = node()
     synthetic.NUM_TRAIN = 2000
@@ -41,7 +47,7 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     synthetic.SEED = 0
 
     # Training stops when more than this share of the images drawn could not be read.
-    cfg.DATALOADER.MAX_BAD_SHARE = 0.05
+    cfg.DATALOADER.MAX_BAD_SHARE = 0.1
 
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
     cfg.TEST.WIDER_GROUND_TRUTH = ""

@@ -29,7 +29,8 @@ def collect_env() -> list[tuple[str, str]]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         rows.append(("GPU", f"{', '.join(names)} (CUDA {torch.version.cuda})"))
     else:
-        rows.append(("GPU", f"none visible (torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"))
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+        rows.append(("GPU", f"none visible (torch is built for {build})"))
 
     status = extension_status()
     if status.loaded:

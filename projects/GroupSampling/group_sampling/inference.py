@@ -30,9 +30,7 @@ def flatten_predictions(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> t
         (B, n) and (B, n, 4).
     """
     flat_logits = [level.permute(0, 2, 3, 1).flatten(1) for level in logits]
-    flat_deltas = [
-        level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas
-    ]
+    flat_deltas = [level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas]
     return torch.cat(flat_logits, dim=1), torch.cat(flat_deltas, dim=1)
 
 

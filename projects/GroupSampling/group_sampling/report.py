@@ -62,7 +62,13 @@ class Run:
 
 
 def write_report(
-    runs: Sequence[Run], dataset: str, records: Sequence[ImageRecord], folder: Path, *, title: str, notes: Sequence[str] = ()
+    runs: Sequence[Run],
+    dataset: str,
+    records: Sequence[ImageRecord],
+    folder: Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write ``report.html`` and its PNGs.
 
@@ -102,7 +108,7 @@ def write_report(
             (
                 file,
                 heading,
-                f"{record.image_id}: detections with a score of at least {DRAW_SCORE}; green dashes are the annotated faces.",
+                f"{record.image_id}: detections that score at least {DRAW_SCORE}; green dashes are annotated faces.",
                 lambda path, record=record: plot_detections(predictions, record, path),
             )
         )
@@ -114,7 +120,8 @@ def write_report(
 
 def _page(runs, dataset, figures, title, notes) -> str:
     sections = "\n".join(
-        f'<h2>{html.escape(heading)}</h2>\n<p>{html.escape(caption)}</p>\n<img src="{file}" alt="{html.escape(heading)}">'
+        f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(caption)}</p>\n"
+        f'<img src="{file}" alt="{html.escape(heading)}">'
         for file, heading, caption, _ in figures
     )
     paragraphs = "\n".join(f"<p>{html.escape(note)}</p>" for note in notes)
@@ -130,7 +137,7 @@ th:first-child, td:first-child {{ text-align: left; }} img {{ max-width: 100%; }
 <h1>{html.escape(title)}</h1>
 {paragraphs}
 <h2>Average precision (%)</h2>
-<p>Data set {html.escape(dataset)}, WIDER FACE protocol. @s: faces nearest to anchor scale s, detections of its anchors.</p>
+<p>{html.escape(dataset)}, WIDER FACE protocol. @s: faces nearest to anchor scale s, detections of its anchors.</p>
 {_ap_table(runs, dataset)}
 {sections}
 </body>
@@ -146,7 +153,8 @@ def _ap_table(runs: Sequence[Run], dataset: str) -> str:
     rows = ""
     for name, ap in results.items():
         cells = "".join(
-            "<td>n/a</td>" if ap[s] is None else f"<td>{_emphasise(f'{100 * ap[s]:.1f}', ap[s] == best[s])}</td>" for s in subsets
+            "<td>n/a</td>" if ap[s] is None else f"<td>{_emphasise(f'{100 * ap[s]:.1f}', ap[s] == best[s])}</td>"
+            for s in subsets
         )
         rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>\n"
     return f"<table><tr><th></th>{head}</tr>\n{rows}</table>"

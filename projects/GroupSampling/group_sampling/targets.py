@@ -154,7 +154,7 @@ class AnchorCriterion(nn.Module):
         )
         localization = torch.where(positive, losses, 0.0).sum() / positive.sum().clamp(min=1)
 
-        # (B, G * N) scale of every drawn anchor; the uniform sampler has one group but its draws have scales all the same.
+        # Scale of every drawn anchor: the uniform sampler has one group, but what it draws has scales all the same.
         scale = grid.group_ids(device=logits.device)[drawn.indices.flatten(1).clamp(min=0)].flatten()
         counts = logits.new_zeros((2, grid.num_groups))
         for row, label in enumerate((1, 0)):

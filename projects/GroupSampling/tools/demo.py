@@ -94,7 +94,9 @@ def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str, minutes
             subset: {
                 "seeds": [round(100 * ap[subset], 2) for ap in results],
                 "mean": round(100 * float(np.mean([ap[subset] for ap in results])), 2),
-                "std": round(100 * float(np.std([ap[subset] for ap in results], ddof=1)), 2) if len(results) > 1 else None,
+                "std": round(100 * float(np.std([ap[subset] for ap in results], ddof=1)), 2)
+                if len(results) > 1
+                else None,
             }
             for subset in results[0]
         }
@@ -127,15 +129,20 @@ def main() -> None:
 
     first = [seeds_of_run[0] for seeds_of_run in runs.values()]
     config = yaml.safe_load((first[0].folder / "config.yaml").read_text())
+    solver = config["SOLVER"]
     notes = [
-        f"Both detectors were trained from scratch by train_net.py on the {engine} engine with the same seed, data and schedule: "
-        f"{config['SOLVER']['MAX_ITER']} iterations of {config['SOLVER']['IMS_PER_BATCH']} crops. They differ in "
+        f"Both detectors were trained from scratch by train_net.py ({engine} engine) with one seed, data set and "
+        f"schedule: {solver['MAX_ITER']} iterations of {solver['IMS_PER_BATCH']} images. They differ in "
         "MODEL.GROUP_SAMPLING.SAMPLER alone."
     ]
     for name, subsets in summary["ap_percent"].items():
         if len(args.seeds) > 1:
-            values = ", ".join(f"{subset.capitalize()} {v['mean']:.1f} ± {v['std']:.1f}" for subset, v in subsets.items())
-            notes.append(f"{name} over seeds {args.seeds}: {values}. The table and figures below are of seed {args.seeds[0]}.")
+            values = ", ".join(
+                f"{subset.capitalize()} {v['mean']:.1f} ± {v['std']:.1f}" for subset, v in subsets.items()
+            )
+            notes.append(
+                f"{name} over seeds {args.seeds}: {values}. The table and figures below are of seed {args.seeds[0]}."
+            )
         print(f"{name:22s}" + "".join(f"  {subset.capitalize()} {v['mean']:5.1f}" for subset, v in subsets.items()))
     report = write_report(
         first,

@@ -19,7 +19,7 @@ def resolve_engine(name: str = "auto") -> str:
         raise ValueError(f"engine must be auto, {' or '.join(ENGINES)}, got {name!r}")
     if name == "detectron2" and not has_detectron2:
         raise ModuleNotFoundError(
-            "--engine detectron2: Detectron2 is not installed in this environment; README.md (Install) has the command. "
+            "--engine detectron2: Detectron2 is not installed in this environment; README.md (Install) tells how. "
             "--engine torchvision runs the same configuration without it."
         )
     return name

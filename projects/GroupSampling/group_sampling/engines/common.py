@@ -3,13 +3,14 @@
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from ..config import ConfigError
 from ..data.catalog import load_dataset
 from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
@@ -21,10 +22,6 @@ logger = logging.getLogger(__name__)
 
 # The ROI heads that pass the proposals of a single-stage detector on as its detections.
 SINGLE_STAGE_HEADS = "ProposalDetections"
-
-
-class ConfigError(ValueError):
-    """The configuration asks for something that cannot be done; the message names the key."""
 
 
 def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
@@ -107,9 +104,23 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
 
 
-def run_seed(cfg: CfgNode) -> int:
-    """``SEED``, or with -1 a number that differs from run to run."""
-    return cfg.SEED if cfg.SEED >= 0 else torch.initial_seed() % 2**31
+def resolve_seed(cfg: CfgNode, keep: bool, shared_random_seed: Callable[[], int]) -> None:
+    """Turn ``SEED`` -1 into a number, in place.
+
+    The draws of the anchors and the order of the images are functions of it, so all processes of a run must have the
+    same, and ``config.yaml`` must say which it was.
+
+    Args:
+        keep: take the number of the run in ``OUTPUT_DIR``, if there is one.
+        shared_random_seed: draws a number that all processes agree on.
+    """
+    if cfg.SEED >= 0:
+        return
+    previous = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if keep and os.path.isfile(previous):
+        cfg.SEED = cfg.load_yaml_with_base(previous)["SEED"]
+    else:
+        cfg.SEED = shared_random_seed()
 
 
 def build_criterion(cfg: CfgNode) -> AnchorCriterion:
@@ -123,7 +134,7 @@ def build_criterion(cfg: CfgNode) -> AnchorCriterion:
         neg_iou=neg_iou,
         second_pass=gs.SECOND_PASS,
         ignore_ioa=gs.IGNORE_IOA,
-        seed=run_seed(cfg),
+        seed=cfg.SEED,
     )
     return AnchorCriterion(sampler, box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA)
 
@@ -154,12 +165,14 @@ def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: in
     if not records:
         raise ConfigError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image to train on")
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the {world_size} processes")
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the {world_size} processes"
+        )
     return build_train_loader(
         records,
         build_train_transform(cfg),
         to_example,
-        seed=run_seed(cfg),
+        seed=cfg.SEED,
         images_per_batch=cfg.SOLVER.IMS_PER_BATCH // world_size,
         rank=rank,
         world_size=world_size,

@@ -1,4 +1,7 @@
-"""The Detectron2 engine. Importing it registers its backbone, anchor generator, head, RPN, ROI heads and meta-architecture."""
+"""The Detectron2 engine.
+
+Importing it registers its backbone, anchor generator, head, RPN, ROI heads, meta-architecture and data sets.
+"""
 
 from ...config import add_group_sampling_config
 from .backbone import BilinearFPN, build_group_sampling_fpn_backbone

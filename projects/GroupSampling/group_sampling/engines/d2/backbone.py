@@ -19,7 +19,9 @@ class BilinearFPN(FPN):
     get a gradient, stop distributed training.
     """
 
-    def __init__(self, bottom_up: Backbone, in_features: Sequence[str], out_features: Sequence[str], out_channels: int, **kwargs):
+    def __init__(
+        self, bottom_up: Backbone, in_features: Sequence[str], out_features: Sequence[str], out_channels: int, **kwargs
+    ):
         """
         Args:
             in_features: bottom-up features, finest first, as for ``FPN``.

@@ -8,7 +8,7 @@ from ..common import evaluate_detections
 
 
 class WiderFaceEvaluator(DatasetEvaluator):
-    """AP of All and of every anchor scale (Sec. 6.1), and Easy, Medium and Hard where ``TEST.WIDER_GROUND_TRUTH`` is set.
+    """AP of All and of every anchor scale (Sec. 6.1), with ``TEST.WIDER_GROUND_TRUTH`` also Easy, Medium and Hard.
 
     Writes the detections in the official text format, ``results.json`` and ``pr_curves.png`` to
     ``OUTPUT_DIR/inference/<data set>``. Works in several processes: each evaluates its share.
@@ -26,7 +26,11 @@ class WiderFaceEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs):
             instances = output["instances"].to("cpu")
             scales = instances.anchor_scales.numpy() if instances.has("anchor_scales") else None
-            self._detections[image["image_id"]] = (instances.pred_boxes.tensor.numpy(), instances.scores.numpy(), scales)
+            self._detections[image["image_id"]] = (
+                instances.pred_boxes.tensor.numpy(),
+                instances.scores.numpy(),
+                scales,
+            )
 
     def evaluate(self) -> dict | None:
         """Returns ``{"wider_face": {"AP_all": ..., "AP@16": ...}}`` in percent on the main process, None elsewhere."""

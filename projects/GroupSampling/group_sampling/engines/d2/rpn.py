@@ -23,10 +23,15 @@ LOG_PERIOD = 20
 class GroupedAnchorGenerator(DefaultAnchorGenerator):
     """``DefaultAnchorGenerator`` that also knows which anchors are of one scale (Sec. 4.2)."""
 
+    def _calculate_anchors(self, sizes, aspect_ratios):
+        buffers = super()._calculate_anchors(sizes, aspect_ratios)
+        self._base_boxes = [boxes.clone() for boxes in buffers]  # stay on the CPU, so that grid() waits for no GPU
+        return buffers
+
     def grid(self, features: list[Tensor]) -> AnchorGrid:
         """The anchors of ``features`` (per level (B, C, H, W)) as lattices, in the order of :meth:`forward`."""
         return AnchorGrid.from_cell_anchors(
-            list(self.cell_anchors), self.strides, [f.shape[-2:] for f in features], offset=self.offset
+            self._base_boxes, self.strides, [f.shape[-2:] for f in features], offset=self.offset
         )
 
 
@@ -44,8 +49,8 @@ class SoftmaxRPNHead(head.SoftmaxRPNHead):
         channels = {shape.channels for shape in input_shape}
         if len(num_anchors) != 1 or len(channels) != 1:
             raise ValueError(
-                f"SoftmaxRPNHead is shared by all levels: they must agree in anchors per cell (found {sorted(num_anchors)}) "
-                f"and channels (found {sorted(channels)})"
+                "SoftmaxRPNHead is shared by all levels, which must agree in anchors per cell (found "
+                f"{sorted(num_anchors)}) and channels (found {sorted(channels)})"
             )
         return {"in_channels": channels.pop(), "num_anchors": num_anchors.pop()}
 
@@ -88,8 +93,8 @@ class GroupSamplingRPN(RPN):
         """As ``RPN.forward``, and ``ignore_boxes``: per image, regions whose anchors are no negatives.
 
         Returns:
-            proposals: per image ``Instances`` with ``proposal_boxes`` and ``objectness_logits``, best first, and at test time
-                ``anchor_scales``; without fields while a single-stage detector trains.
+            proposals: per image ``Instances`` with ``proposal_boxes`` and ``objectness_logits``, best first, and at
+                test time ``anchor_scales``; without fields while a single-stage detector trains.
             losses: ``loss_rpn_cls`` and ``loss_rpn_loc`` while training.
         """
         features = [features[f] for f in self.in_features]

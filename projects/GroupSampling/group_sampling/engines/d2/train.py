@@ -1,5 +1,7 @@
 """Training and evaluation with Detectron2."""
 
+import logging
+
 import detectron2.utils.comm as comm
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -10,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config
-from ..common import build_training_loader, check_config, check_values, get_value, merge_config
+from ..common import build_training_loader, check_config, check_values, get_value, merge_config, resolve_seed
 from .data import GroupSamplingMapper, register_datasets
 from .evaluator import WiderFaceEvaluator
 
@@ -50,6 +52,11 @@ class Trainer(DefaultTrainer):
         if self.start_iter > 0:
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
 
+    def after_train(self) -> None:
+        super().after_train()
+        if self.data_loader.summary():
+            logging.getLogger(__name__).warning(self.data_loader.summary())
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
         return build_training_loader(
@@ -85,8 +92,7 @@ def setup(args) -> CfgNode:
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
         "this project replaces the part of Detectron2 that reads it",
     )
-    if cfg.SEED < 0:  # the processes must agree on the order of the images, and config.yaml is to say which it was
-        cfg.SEED = comm.shared_random_seed()
+    resolve_seed(cfg, args.resume or args.eval_only, comm.shared_random_seed)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="group_sampling")

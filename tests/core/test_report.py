@@ -1,0 +1,89 @@
+"""The report from files of made-up runs, and the demo from end to end."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from group_sampling.data.catalog import load_dataset
+from group_sampling.evaluation import WiderFaceAP, write_predictions
+from group_sampling.report import Run, write_report
+
+SYNTHETIC = {"SYNTHETIC": {"NUM_VAL": 4, "HEIGHT": 96, "WIDTH": 128}}
+
+
+def make_run(folder, name, records, shift):
+    """A run whose detections are the faces moved by ``shift`` pixels."""
+    run = Run(name, folder / name)
+    metric = WiderFaceAP.from_records(records)
+    for record in records:
+        scores = np.linspace(0.9, 0.6, len(record.boxes))
+        write_predictions(run.folder / "inference/val/predictions", record.image_id, record.boxes + shift, scores)
+        metric.update(record.image_id, record.boxes + shift, scores, np.full(len(scores), 16.0))
+    metric.compute().to_json(run.folder / "inference/val/results.json")
+    rows = [
+        {
+            "iteration": i,
+            "loss_rpn_cls": 1 / (i + 1),
+            "loss_rpn_loc": 0.5,
+            "rpn/num_pos@16": i,
+            "rpn/num_neg@16": 10,
+            "rpn/num_pos@128": 5,
+            "rpn/num_neg@128": 3,
+        }
+        for i in range(8)
+    ]
+    (run.folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)) + '\n{"iteration": 8, "loss')
+    return run
+
+
+def test_report(tmp_path):
+    records = load_dataset("synthetic_faces_val", SYNTHETIC)
+    runs = [make_run(tmp_path, "exact", records, 0), make_run(tmp_path, "a <b> off", records, 40)]
+    assert runs[0].samples_per_scale() == {"16": (3.5, 10.0), "128": (5.0, 3.0)}
+    page = write_report(runs, "val", records, tmp_path / "out", title="A & B", notes=["note <1>"]).read_text()
+    assert "A &amp; B" in page and "note &lt;1&gt;" in page and "a &lt;b&gt; off" in page
+    assert "<td><b>100.0</b></td>" in page
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == [
+        *("detections_large.png", "detections_many.png", "detections_tiny.png"),
+        *("pr_curves.png", "samples_per_scale.png", "training_curves.png"),
+    ]
+    for name in pictures:
+        assert f'src="{name}"' in page
+        pixels = np.asarray(Image.open(tmp_path / "out" / name).convert("L"))
+        assert pixels.shape[1] >= 600 and pixels.std() > 5, f"{name} is blank"
+
+
+@pytest.mark.slow
+def test_demo_from_end_to_end(tmp_path, repository):
+    command = [
+        sys.executable,
+        str(repository / "projects/GroupSampling/tools/demo.py"),
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "1",
+    ]
+    command += [
+        "--json",
+        str(tmp_path / "seeds.json"),
+        "SOLVER.MAX_ITER",
+        "40",
+        "SOLVER.STEPS",
+        "()",
+        "DATASETS.SYNTHETIC.NUM_VAL",
+        "4",
+    ]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
+    summary = json.loads((tmp_path / "seeds.json").read_text())
+    assert set(summary["ap_percent"]) == {"FPN-finest", "FPN-finest-sampling"}
+    assert len(summary["ap_percent"]["FPN-finest"]["all"]["seeds"]) == 2
+    second = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert second.returncode == 0 and second.stdout.count("complete in") == 4

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -23,7 +24,8 @@ from detectron2.utils.events import EventStorage
 
 import group_sampling.engines.d2 as d2
 from group_sampling.anchors import AnchorGrid
-from group_sampling.data.catalog import load_dataset
+from group_sampling.checkpoint import convert_names
+from group_sampling.data.catalog import MissingDatasetError, load_dataset
 from group_sampling.engines.common import ConfigError
 from group_sampling.engines.d2.data import to_dataset_dict, to_record
 from group_sampling.engines.d2.train import _work, setup
@@ -233,6 +235,29 @@ def test_main_trains_evaluates_and_resumes(make_args, tmp_path):
     assert evaluated["wider_face"]["AP_all"] == pytest.approx(100 * results["ap"]["all"])
 
 
+def test_torchvision_weights_load(make_cfg, tmp_path):
+    """A file like torchvision's ImageNet ResNet-18: every parameter and statistic of the backbone comes from it."""
+    torch.manual_seed(0)
+    source = torchvision.models.resnet18().state_dict()
+    source["bn1.running_mean"] += 1
+    torch.save(source, tmp_path / "resnet18.pth")
+    stock = [
+        "MODEL.RESNETS.NORM",
+        "FrozenBN",
+        "MODEL.RESNETS.STEM_OUT_CHANNELS",
+        "64",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        "64",
+    ]
+    cfg = make_cfg(*stock, "MODEL.WEIGHTS", str(tmp_path / "resnet18.pth"))
+    model = build_model(cfg)
+    d2.GroupSamplingCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    loaded = convert_names(model.backbone.state_dict(prefix="backbone."), "torchvision")
+    for name, value in loaded.items():
+        if name.startswith("backbone.body."):
+            assert torch.equal(value, source[name.removeprefix("backbone.body.")]), name
+
+
 def test_default_predictor(make_cfg):
     predictor = DefaultPredictor(make_cfg())
     instances = predictor(np.zeros((60, 80, 3), dtype=np.uint8))["instances"]
@@ -306,12 +331,26 @@ def test_unreadable_images_in_training_are_skipped_and_reported(make_args, tmp_p
         (["INPUT.FORMAT", "BGR"], r"INPUT\.FORMAT must be \"RGB\""),
         (["SOLVER.BASE_LR", "fast"], r"SOLVER\.BASE_LR"),
         (["SEED"], "pairs KEY VALUE"),
+        (["DATASETS.TEST", "('synthetic_faces_vel',)"], r"DATASETS\.TEST: .*did you mean 'synthetic_faces_val'"),
         (["MODEL.RPN.IOU_THRESHOLDS", "[0.5]"], r"IOU_THRESHOLDS must be"),
     ],
 )
 def test_config_errors_name_the_key(make_cfg, opts, message):
     with pytest.raises(ConfigError, match=message):
         make_cfg(*opts)
+
+
+def test_missing_files_stop_the_run_before_it_starts(make_args, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(MissingDatasetError, match=r"wider_face_val.*(?s:.*)synthetic_faces_val"):
+        setup(make_args("DATASETS.TEST", "('wider_face_val',)"))
+    with pytest.raises(MissingDatasetError, match="wider_face_train"):
+        setup(make_args("DATASETS.TRAIN", "('wider_face_train',)"))
+    setup(make_args("DATASETS.TRAIN", "('wider_face_train',)", eval_only=True))
+    args = make_args()
+    args.config_file = "nowhere.yaml"
+    with pytest.raises(ConfigError, match=r"--config-file nowhere\.yaml: no such file"):
+        setup(args)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

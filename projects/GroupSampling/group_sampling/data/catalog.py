@@ -86,6 +86,11 @@ def missing_paths(
     return tuple(path for path in _find(name, cfg_datasets, root).paths if not os.path.exists(path))
 
 
+def require_dataset(name: str, cfg_datasets: Mapping[str, Any] | None = None) -> None:
+    """Raises what :func:`load_dataset` would raise for an unknown name or missing files; reads nothing."""
+    _require_paths(name, _find(name, cfg_datasets, None))
+
+
 class _Source(Protocol):
     """Where a data set comes from."""
 

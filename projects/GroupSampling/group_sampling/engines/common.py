@@ -11,7 +11,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from ..config import ConfigError
-from ..data.catalog import load_dataset
+from ..data.catalog import load_dataset, require_dataset
 from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
@@ -28,10 +28,11 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
     """Merge a YAML file (with its ``_BASE_``) and command-line overrides into ``cfg``.
 
     Raises:
-        ConfigError: an unknown key or a value of the wrong type, naming file and key.
-        FileNotFoundError: no such file.
+        ConfigError: no such file, an unknown key or a value of the wrong type, naming file and key.
     """
     where = config_file
+    if config_file and not os.path.isfile(config_file):
+        raise ConfigError(f"--config-file {config_file}: no such file")
     try:
         if config_file:
             cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -102,6 +103,21 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f'INPUT.FORMAT must be "RGB", as torchvision\'s weights expect, got {cfg.INPUT.FORMAT!r}')
     if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
+
+
+def check_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
+    """Refuse a run that will lack a data set: better now than after the training.
+
+    Raises:
+        ConfigError: an unknown name, or a declaration that makes no sense.
+        MissingDatasetError: files are missing.
+    """
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            try:
+                require_dataset(name, cfg.DATASETS)
+            except ValueError as error:
+                raise ConfigError(f"DATASETS.{key}: {error}") from error
 
 
 def resolve_seed(cfg: CfgNode, keep: bool, shared_random_seed: Callable[[], int]) -> None:

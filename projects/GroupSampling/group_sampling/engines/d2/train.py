@@ -12,7 +12,15 @@ from detectron2.utils.logger import setup_logger
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config
-from ..common import build_training_loader, check_config, check_values, get_value, merge_config, resolve_seed
+from ..common import (
+    build_training_loader,
+    check_config,
+    check_datasets,
+    check_values,
+    get_value,
+    merge_config,
+    resolve_seed,
+)
 from .data import GroupSamplingMapper, register_datasets
 from .evaluator import WiderFaceEvaluator
 
@@ -87,6 +95,7 @@ def setup(args) -> CfgNode:
     defaults = cfg.clone()
     merge_config(cfg, args.config_file, args.opts)
     check_config(cfg)
+    check_datasets(cfg, eval_only=args.eval_only)
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},

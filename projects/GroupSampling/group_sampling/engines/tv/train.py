@@ -34,6 +34,7 @@ from ..common import (
     ConfigError,
     build_test_transform,
     build_training_loader,
+    check_datasets,
     evaluate_detections,
     load_records,
     resolve_seed,
@@ -311,8 +312,10 @@ def main(args: argparse.Namespace) -> dict[str, float] | None:
 
     Raises:
         ConfigError: the config or the number of processes is not usable here.
+        MissingDatasetError: files of a data set are missing.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_datasets(cfg, eval_only=args.eval_only)
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         if args.num_gpus > 1:

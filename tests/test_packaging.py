@@ -1,0 +1,110 @@
+"""Wheels built from a copy of the sources and imported from elsewhere, and builds that must fail with a reason."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+USE = """
+import torch, group_sampling
+from group_sampling.ops import extension_status, match_anchors
+box = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
+assert match_anchors(box, box).labels.tolist() == [1]
+status = extension_status()
+print(group_sampling.__file__, status.loaded, status.cuda, status.reason, sep="|")
+"""
+
+
+@pytest.fixture
+def sources(repository, tmp_path):
+    """What an sdist would hold."""
+    target = tmp_path / "sources"
+    shutil.copytree(repository / "csrc", target / "csrc")
+    package = "projects/GroupSampling/group_sampling"
+    shutil.copytree(repository / package, target / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, target)
+    return target
+
+
+def build(sources, **environment):
+    """Build and unpack a wheel; returns the finished process and where the package lies."""
+    site = sources.parent / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--verbose",
+        "--target",
+        site,
+        sources,
+    ]
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHONPATH", "GS_BUILD_EXT", "FORCE_CUDA", "GS_SANITIZE", "DEBUG")
+    }
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment}), site
+
+
+def use(site, tmp_path):
+    """Import the package from ``site`` in another folder; returns (file, loaded, cuda, reason)."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", USE], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("|")
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """Environment in which neither $CXX nor g++ can be found."""
+    return {"CXX": "no-such-compiler", "PATH": str(tmp_path)}
+
+
+def test_without_a_compiler_the_reference_runs(sources, no_compiler, tmp_path):
+    done, site = build(sources, **no_compiler)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "installing pure Python" in done.stdout + done.stderr
+    file, loaded, _, reason = use(site, tmp_path)
+    assert file.startswith(str(site)) and loaded == "False" and "not built" in reason
+
+
+def test_an_extension_that_was_asked_for_is_not_left_out_quietly(sources, no_compiler):
+    done, _ = build(sources, GS_BUILD_EXT="1", **no_compiler)
+    assert done.returncode != 0
+    assert "GS_BUILD_EXT=1, but the extension cannot be built: no C++ compiler found" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
+def test_cuda_that_was_asked_for_is_not_left_out_quietly(sources, tmp_path):
+    done, _ = build(sources, FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert "FORCE_CUDA=1, but CUDA kernels cannot be built" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA_HOME is None or torch.version.cuda is None, reason="no CUDA toolkit, or torch without CUDA")
+@pytest.mark.timeout(1800)
+def test_cuda_sources_compile(sources, tmp_path):
+    done, site = build(sources, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    file, loaded, cuda, _ = use(site, tmp_path)
+    assert file.startswith(str(site)) and (loaded, cuda) == ("True", "True")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_cpu_only_build(sources, tmp_path):
+    done, site = build(sources, FORCE_CUDA="0", GS_BUILD_EXT="1")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    _, loaded, cuda, reason = use(site, tmp_path)
+    assert (loaded, cuda) == ("True", "False") and "without CUDA" in reason

@@ -1,0 +1,206 @@
+// Dense matching of arbitrary anchors: blocks of anchors against the ground truths that can reach the block at all.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../box_geometry.h"
+#include "../match_anchors.h"
+#include "columns.h"
+#include "multiversion.h"
+#include "parallel.h"
+
+namespace group_sampling {
+namespace {
+
+constexpr int64_t kBlock = 64;  // anchors: eight vectors of float32, whose state stays in the first-level cache
+
+template <typename T>
+struct Block {
+  T x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
+  T iou[kBlock];
+  int32_t gt[kBlock];
+};
+
+// What all anchors of a block have in common: nothing outside it reaches min_iou with any of them.
+template <typename T>
+struct Reach {
+  T x1, y1, x2, y2;      // hull
+  T min_area, max_area;  // of a ground truth
+};
+
+template <typename T>
+Reach<T> load_block(const Box<T>* anchors, int64_t count, T min_iou, Block<T>& block) {
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  Reach<T> reach{inf, inf, -inf, -inf, T(0), inf};
+  T smallest = inf, largest = T(0);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const Box<T> box = i < count ? anchors[i] : Box<T>{};  // an empty box pads the last block
+    block.x1[i] = box.x1, block.y1[i] = box.y1, block.x2[i] = box.x2, block.y2[i] = box.y2;
+    block.area[i] = box_area(box);
+    block.iou[i] = T(0);
+    block.gt[i] = 0;
+    if (!is_valid(box)) continue;
+    reach.x1 = std::min(reach.x1, box.x1), reach.y1 = std::min(reach.y1, box.y1);
+    reach.x2 = std::max(reach.x2, box.x2), reach.y2 = std::max(reach.y2, box.y2);
+    smallest = std::min(smallest, block.area[i]), largest = std::max(largest, block.area[i]);
+  }
+  // The intersection is at most either area, so the areas differ by at most 1 / min_iou; 1e-5 covers rounding, and
+  // areas so small that they lose precision are not bounded.
+  const double low = static_cast<double>(min_iou) * static_cast<double>(smallest) * (1.0 - 1e-5);
+  const double high = static_cast<double>(largest) / static_cast<double>(min_iou) * (1.0 + 1e-5);
+  if (low > 1e-30 && low < 1e30) reach.min_area = static_cast<T>(low);
+  if (high > 1e-30 && high < 1e30) reach.max_area = static_cast<T>(high);
+  return reach;
+}
+
+template <typename T>
+GS_ALWAYS_INLINE void find_reachable(const Reach<T>& reach, const Columns<T>& gts, int64_t count, uint8_t* keep) {
+  const T *GS_RESTRICT x1 = gts.x1.data(), *GS_RESTRICT y1 = gts.y1.data(), *GS_RESTRICT x2 = gts.x2.data(),
+                       *GS_RESTRICT y2 = gts.y2.data(), *GS_RESTRICT area = gts.area.data();
+  for (int64_t j = 0; j < count; ++j) {
+    keep[j] = (x1[j] < reach.x2) & (x2[j] > reach.x1) & (y1[j] < reach.y2) & (y2[j] > reach.y1) &
+              (area[j] >= reach.min_area) & (area[j] <= reach.max_area);
+  }
+}
+
+template <typename T>
+GS_ALWAYS_INLINE void visit_block(Block<T>& block, const Box<T>& gt, T gt_area, int32_t index) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const T intersection =
+        overlap(block.x1[i], block.x2[i], gt.x1, gt.x2) * overlap(block.y1[i], block.y2[i], gt.y1, gt.y2);
+    const T value = iou_of_areas(intersection, block.area[i], gt_area);
+    const bool better = value > block.iou[i];  // ground truths come in ascending order: a tie stays with the lower one
+    block.iou[i] = better ? value : block.iou[i];
+    block.gt[i] = better ? index : block.gt[i];
+  }
+}
+
+template <typename T>
+GS_ALWAYS_INLINE void match_block(Block<T>& block, const Reach<T>& reach, const Box<T>* gts, const Columns<T>& columns,
+                                  int64_t count, uint8_t* keep) {
+  find_reachable(reach, columns, count, keep);
+  for (int64_t j = 0; j < count; ++j) {
+    if (keep[j]) visit_block(block, gts[j], columns.area[j], static_cast<int32_t>(j));
+  }
+}
+
+GS_CPU_CLONES void match_block_on(Block<float>& block, const Reach<float>& reach, const Box<float>* gts,
+                                  const Columns<float>& columns, int64_t count, uint8_t* keep) {
+  match_block(block, reach, gts, columns, count, keep);
+}
+
+GS_CPU_CLONES void match_block_on(Block<double>& block, const Reach<double>& reach, const Box<double>* gts,
+                                  const Columns<double>& columns, int64_t count, uint8_t* keep) {
+  match_block(block, reach, gts, columns, count, keep);
+}
+
+template <typename T>
+void second_pass(const MatchOptions& options, int64_t num_anchors, int64_t num_gts, const std::atomic<uint8_t>* taken,
+                 int8_t* labels, const int64_t* matched_gt, const T* best_iou) {
+  if (options.second_pass == SecondPass::kNone || num_gts == 0) return;
+  const auto is_candidate = [&](int64_t i) {
+    return labels[i] == -1 && !taken[matched_gt[i]].load(std::memory_order_relaxed);
+  };
+  if (options.second_pass == SecondPass::kAll) {
+    at::parallel_for(0, num_anchors, 16384, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (is_candidate(i)) labels[i] = 1;
+      }
+    });
+    return;
+  }
+  std::vector<int64_t> best(num_gts, -1);
+  for (int64_t i = 0; i < num_anchors; ++i) {
+    if (!is_candidate(i)) continue;
+    int64_t& other = best[matched_gt[i]];
+    if (other < 0 || best_iou[i] > best_iou[other]) other = i;
+  }
+  for (const int64_t i : best) {
+    if (i >= 0) labels[i] = 1;
+  }
+}
+
+template <typename T>
+void ignore_covered(const Box<T>* anchors, int64_t num_anchors, const std::vector<Box<T>>& regions, T min_share,
+                    int8_t* labels) {
+  if (regions.empty()) return;
+  at::parallel_for(0, num_anchors, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (size_t k = 0; labels[i] == 0 && k < regions.size(); ++k) {
+        if (is_covered(anchors[i], regions[k], min_share)) labels[i] = -1;
+      }
+    }
+  });
+}
+
+template <typename T>
+void run(const at::Tensor& anchor_tensor, const at::Tensor& gt_tensor, const at::Tensor& ignore_tensor,
+         const MatchOptions& options, int8_t* labels, int64_t* matched_gt, T* best_iou) {
+  const auto* anchors = reinterpret_cast<const Box<T>*>(anchor_tensor.const_data_ptr<T>());
+  const auto* gts = reinterpret_cast<const Box<T>*>(gt_tensor.const_data_ptr<T>());
+  const int64_t num_anchors = anchor_tensor.size(0), num_gts = gt_tensor.size(0);
+  const T pos_iou = static_cast<T>(options.pos_iou), neg_iou = static_cast<T>(options.neg_iou);
+  const Columns<T> columns(gts, num_gts);
+  const auto taken = std::make_unique<std::atomic<uint8_t>[]>(num_gts);
+
+  const int64_t num_blocks = (num_anchors + kBlock - 1) / kBlock;
+  const int64_t num_threads = threads_for(num_anchors * (1 + num_gts / 8), num_blocks);
+  std::vector<std::vector<uint8_t>> keep(num_threads, std::vector<uint8_t>(num_gts));
+  for_each_task(num_threads, num_blocks, [&](int64_t thread, int64_t b) {
+    Block<T> block;
+    const int64_t first = b * kBlock, count = std::min(kBlock, num_anchors - first);
+    const Reach<T> reach = load_block(anchors + first, count, neg_iou, block);
+    match_block_on(block, reach, gts, columns, num_gts, keep[thread].data());
+    for (int64_t i = 0; i < count; ++i) {
+      const T iou = block.iou[i];
+      const bool matched = iou >= neg_iou, positive = iou >= pos_iou;
+      labels[first + i] = positive ? 1 : matched ? -1 : 0;
+      matched_gt[first + i] = matched ? block.gt[i] : -1;
+      best_iou[first + i] = matched ? iou : T(0);
+      if (positive) taken[block.gt[i]].store(1, std::memory_order_relaxed);
+    }
+  });
+  second_pass(options, num_anchors, num_gts, taken.get(), labels, matched_gt, best_iou);
+
+  std::vector<Box<T>> regions;
+  if (ignore_tensor.defined()) {
+    const auto* boxes = reinterpret_cast<const Box<T>*>(ignore_tensor.const_data_ptr<T>());
+    for (int64_t k = 0; k < ignore_tensor.size(0); ++k) {
+      if (is_valid(boxes[k])) regions.push_back(boxes[k]);
+    }
+  }
+  ignore_covered(anchors, num_anchors, regions, static_cast<T>(options.ignore_ioa), labels);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchors_cpu(const at::Tensor& anchors, const at::Tensor& gt_boxes,
+                                                                 const std::optional<at::Tensor>& ignore_boxes,
+                                                                 double pos_iou, double neg_iou,
+                                                                 std::string_view second_pass_policy,
+                                                                 double ignore_ioa) {
+  const MatchOptions options =
+      check_match_anchors(anchors, gt_boxes, ignore_boxes, pos_iou, neg_iou, second_pass_policy, ignore_ioa);
+  const at::Tensor boxes = anchors.contiguous(), gts = gt_boxes.contiguous();
+  const at::Tensor ignores = ignore_boxes.has_value() ? ignore_boxes->contiguous() : at::Tensor();
+  const int64_t n = boxes.size(0);
+  at::Tensor labels = at::empty({n}, boxes.options().dtype(at::kChar));
+  at::Tensor matched_gt = at::empty({n}, boxes.options().dtype(at::kLong));
+  at::Tensor best_iou = at::empty({n}, boxes.options());
+  auto* label_data = labels.mutable_data_ptr<int8_t>();
+  auto* gt_data = matched_gt.mutable_data_ptr<int64_t>();
+  if (boxes.scalar_type() == at::kFloat) {
+    run<float>(boxes, gts, ignores, options, label_data, gt_data, best_iou.mutable_data_ptr<float>());
+  } else {
+    run<double>(boxes, gts, ignores, options, label_data, gt_data, best_iou.mutable_data_ptr<double>());
+  }
+  return {labels, matched_gt, best_iou};
+}
+
+}  // namespace
+}  // namespace group_sampling
+
+TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("match_anchors", TORCH_FN(group_sampling::match_anchors_cpu)); }

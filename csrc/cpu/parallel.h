@@ -1,0 +1,35 @@
+// Tasks of unequal size over the intra-op threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace group_sampling {
+
+// Number of threads worth waking for `work` elementary steps of a few nanoseconds each.
+inline int64_t threads_for(int64_t work, int64_t num_tasks) {
+  constexpr int64_t kWorkPerThread = 16384;
+  if (at::in_parallel_region()) return 1;
+  return std::max<int64_t>(1,
+                           std::min({static_cast<int64_t>(at::get_num_threads()), num_tasks, work / kWorkPerThread}));
+}
+
+// Calls body(thread, task) for every task in [0, num_tasks). Threads fetch tasks as they become free, so which thread
+// runs a task is not determined: results must go to places that the task alone decides.
+template <typename Body>
+void for_each_task(int64_t num_threads, int64_t num_tasks, const Body& body) {
+  if (num_threads <= 1) {
+    for (int64_t task = 0; task < num_tasks; ++task) body(int64_t(0), task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t task = next++; task < num_tasks; task = next++) body(thread, task);
+    }
+  });
+}
+
+}  // namespace group_sampling

@@ -1,0 +1,32 @@
+// match_anchors(anchors (n, 4), gt_boxes (m, 4), ignore_boxes (k, 4)?, ...) -> labels (n,) int8, matched_gt (n,) int64,
+//                                                                             best_iou (n,)
+//
+// Two-pass assignment, Sec. 4.1 and Eq. 1 of the paper. Pass 1: an anchor's best ground truth has the largest IoU, ties
+// to the lowest index; label 1 if IoU >= pos_iou, 0 if < neg_iou, else -1. Pass 2, for each ground truth that is no
+// positive's best: "all" anchors labelled -1 whose best it is become 1, or the "best" one of them (highest IoU, then
+// lowest anchor index), or "none". Then negatives of which an ignore box covers at least ignore_ioa become -1.
+// matched_gt is -1 and best_iou 0 where the best IoU is below neg_iou. Thresholds are cast to the boxes' dtype once.
+// Never stores the n x m matrix. CPU, CUDA and the torch reference return the same bits, for any number of threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "checks.h"
+
+namespace group_sampling {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
+                                                             const std::optional<at::Tensor>& ignore_boxes,
+                                                             double pos_iou, double neg_iou,
+                                                             std::string_view second_pass, double ignore_ioa);
+
+// For the kernels: shapes, dtypes, devices and thresholds.
+MatchOptions check_match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
+                                 const std::optional<at::Tensor>& ignore_boxes, double pos_iou, double neg_iou,
+                                 std::string_view second_pass, double ignore_ioa);
+
+}  // namespace group_sampling

@@ -1,0 +1,469 @@
+#!/usr/bin/env python
+"""Matching and sampling against Detectron2, torchvision and plain torch.
+
+    python bench_matcher.py [--device cpu|cuda] [--anchors 40000 360000 2250000] [--faces 1 10 100 500 1000 1968]
+                            [--peers detectron2 torchvision reference] [--json FILE]
+
+One step is what an RPN does with an image: match n anchors of four scales (stride 4, square image) with m faces, and
+draw 256 anchors, at most a quarter of them positive. Prints tables in Markdown, writes JSON and a log-log PNG.
+
+On the CPU everything runs twice, in two processes that each measure all peers: with malloc as it is, and "tuned" to
+keep its pages (MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=100000000000), which takes the page faults out of the peers'
+large temporaries. Peak memory is taken from the first. Threads are pinned (OMP_PROC_BIND).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from group_sampling.anchors import AnchorGrid, cell_anchors
+from group_sampling.files import write_atomically
+from group_sampling.ops import (
+    assign_and_sample,
+    extension_status,
+    match_anchor_grid,
+    match_anchors,
+    pairwise_iou,
+    reference,
+    sample_groups,
+)
+
+SCALES, STRIDE = (16, 32, 64, 128), 4
+SAMPLES = 64  # of each scale: 256 of an image, the default of both frameworks
+MAX_SAMPLES = 2048  # the paper's N
+FACES_WITHIN = 1200  # pixels: larger grids get the same faces
+POS_IOU, NEG_IOU = 0.6, 0.4
+# Square roots of face areas in WIDER FACE's training set: share of the faces in each range of pixels.
+FACE_SIZES = ((6, 16, 0.46), (16, 32, 0.27), (32, 64, 0.16), (64, 128, 0.07), (128, 400, 0.04))
+TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+PINNING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+PEERS = ("detectron2", "torchvision", "reference")
+BYTES_PER_PAIR = {"detectron2": 24, "torchvision": 36}  # what they hold at their peak
+MAX_REFERENCE_PAIRS = 10**9  # more take the reference minutes
+MIN_RUNS, MAX_RUNS, SECONDS = 3, 200, 2.0  # of one measurement, after one warm-up
+
+
+def make_grid(num_anchors: int) -> AnchorGrid:
+    side = round(math.sqrt(num_anchors / len(SCALES)))
+    return AnchorGrid.from_cell_anchors([cell_anchors(SCALES, [1.0])], [STRIDE], [(side, side)])
+
+
+def make_faces(count: int, side: int) -> Tensor:
+    """Faces with WIDER FACE's sizes, uniform over the image, a quarter higher than wide; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([share for *_, share in FACE_SIZES])
+    chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
+    low, high = (torch.tensor([row[k] for row in FACE_SIZES], dtype=torch.float32)[chosen] for k in (0, 1))
+    size = low * (high / low) ** torch.rand(count, generator=generator)
+    size = torch.stack([size / math.sqrt(1.25), size * math.sqrt(1.25)], 1)
+    corner = torch.rand(count, 2, generator=generator) * (side - size).clamp(min=0)
+    return torch.cat([corner, corner + size], 1)
+
+
+def detectron2_step(grid: AnchorGrid, faces: Tensor) -> Callable[[], object]:
+    from detectron2.modeling.matcher import Matcher
+    from detectron2.modeling.sampling import subsample_labels
+    from detectron2.structures import Boxes
+    from detectron2.structures import pairwise_iou as detectron2_iou
+
+    anchors, gt_boxes = Boxes(grid.boxes(faces.device)), Boxes(faces)
+    matcher = Matcher([NEG_IOU, POS_IOU], [0, -1, 1], allow_low_quality_matches=True)
+
+    def step():
+        _, labels = matcher(detectron2_iou(gt_boxes, anchors))
+        return subsample_labels(labels, SAMPLES * len(SCALES), 0.25, 0)
+
+    return step
+
+
+def torchvision_step(grid: AnchorGrid, faces: Tensor) -> Callable[[], object]:
+    from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+    from torchvision.ops import box_iou
+
+    anchors = grid.boxes(faces.device)
+    matcher = Matcher(POS_IOU, NEG_IOU, allow_low_quality_matches=True)
+    sampler = BalancedPositiveNegativeSampler(SAMPLES * len(SCALES), 0.25)
+
+    def step():
+        matched = matcher(box_iou(faces, anchors))
+        labels = (matched >= 0).float()
+        labels[matched == Matcher.BETWEEN_THRESHOLDS] = -1.0
+        return sampler([labels])
+
+    return step
+
+
+def reference_step(grid: AnchorGrid, faces: Tensor) -> Callable[[], object]:
+    return lambda: reference.assign_and_sample(
+        grid, [faces], SAMPLES, 0.25, 0, 0, 0, POS_IOU, NEG_IOU, "all", None, 0.5
+    )
+
+
+def our_steps(grid: AnchorGrid, faces: Tensor) -> dict[str, Callable[[], object]]:
+    anchors, draw = grid.boxes(faces.device), {"samples_per_group": SAMPLES, "seed": 0}
+    return {
+        "assign_and_sample": lambda: assign_and_sample(grid, [faces], **draw),
+        f"assign_and_sample, N = {MAX_SAMPLES}": lambda: assign_and_sample(
+            grid, [faces], samples_per_group=MAX_SAMPLES, seed=0
+        ),
+        "assign_and_sample, 8 images": lambda: assign_and_sample(grid, [faces] * 8, **draw),
+        "match_anchor_grid + sample_groups": lambda: sample_groups(
+            match_anchor_grid(grid, [faces]).labels, grid, **draw
+        ),
+        "match_anchors + sample_groups": lambda: sample_groups(match_anchors(anchors, faces).labels, grid, **draw),
+        "match_anchors": lambda: match_anchors(anchors, faces),
+    }
+
+
+def peer_steps(name: str, grid: AnchorGrid, faces: Tensor) -> Callable[[], object]:
+    steps = {"detectron2": detectron2_step, "torchvision": torchvision_step, "reference": reference_step}
+    return steps[name](grid, faces)
+
+
+def version_of(package: str) -> str | None:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+# --- measuring ---
+
+
+def measure(step: Callable[[], object], options: dict) -> dict[str, float | None]:
+    """Median, quartiles and number of runs in milliseconds, after a warm-up, and peak extra memory in MB."""
+    device, seconds = options["device"], options["seconds"]
+    extra_mb = peak_extra_mb(step, device)  # also the warm-up
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and time.perf_counter() - started < seconds):
+        synchronize(device)
+        begin = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append((time.perf_counter() - begin) * 1e3)
+    quartiles = statistics.quantiles(times, n=4)
+    return {
+        "median_ms": statistics.median(times),
+        "q1_ms": quartiles[0],
+        "q3_ms": quartiles[2],
+        "min_ms": min(times),
+        "runs": len(times),
+        "extra_mb": None if options["keeps_pages"] else extra_mb,
+    }
+
+
+def measure_graph(step: Callable[[], object]) -> dict[str, float]:
+    """Time of one replay of a CUDA graph, from events around many: what the GPU needs, without Python."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    replays = 20
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / replays)
+    quartiles = statistics.quantiles(times, n=4)
+    return {
+        "median_ms": statistics.median(times),
+        "q1_ms": quartiles[0],
+        "q3_ms": quartiles[2],
+        "min_ms": min(times),
+        "runs": len(times) * replays,
+        "extra_mb": None,
+    }
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_extra_mb(step: Callable[[], object], device: str) -> float | None:
+    """Peak memory of one step above what was held before; None where Linux does not let a process reset its peak."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # pages that malloc kept would hide what the step needs
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        step()
+        return None
+    before = _kb("/proc/self/status", "VmRSS")
+    step()
+    return max(0, _kb("/proc/self/status", "VmHWM") - before) * 1024 / 1e6
+
+
+def _kb(file: str, field: str) -> int:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"{file} has no field {field}")
+
+
+def why_not(name: str, pairs: int, options: dict) -> str | None:
+    """Why a peer is left out of a case, or None."""
+    if name == "reference":
+        return f"more than {MAX_REFERENCE_PAIRS:.0e} pairs" if pairs > MAX_REFERENCE_PAIRS else None
+    needed = BYTES_PER_PAIR[name] * pairs
+    if options["device"] == "cuda":
+        available = torch.cuda.mem_get_info()[0]
+    else:
+        available = _kb("/proc/meminfo", "MemAvailable") * 1024
+        if options["keeps_pages"]:
+            available += _kb("/proc/self/status", "VmRSS") * 1024  # free for the next temporary
+    return f"needs about {needed / 1e9:.0f} GB" if needed > 0.9 * available else None
+
+
+def work(options: dict) -> Iterator[dict]:
+    """All measurements of one process, one record each."""
+    device = options["device"]
+    torch.set_num_threads(options["threads"])
+    for n in options["anchors"]:
+        grid = make_grid(n)
+        side = min(STRIDE * grid.lattices[0].width, FACES_WITHIN)
+        for m in options["faces"]:
+            faces = make_faces(m, side).to(device)
+            case = {"n": grid.num_anchors, "m": m}
+            for name, step in our_steps(grid, faces).items():
+                yield {**case, "name": name, **measure(step, options)}
+                if device == "cuda" and name.startswith("assign_and_sample"):
+                    yield {**case, "name": f"{name}, CUDA graph", **measure_graph(step)}
+            for name in options["peers"]:
+                reason = why_not(name, grid.num_anchors * m, options)
+                if reason:
+                    yield {**case, "name": name, "skipped": reason}
+                else:
+                    yield {**case, "name": name, **measure(peer_steps(name, grid, faces), options)}
+    # The IoU matrix alone.
+    from torchvision.ops import box_iou
+
+    boxes1, boxes2 = (make_faces(count, FACES_WITHIN).to(device) for count in (10000, 1000))
+    for name, op in (("pairwise_iou", pairwise_iou), ("box_iou", box_iou)):
+        step = lambda op=op: op(boxes1, boxes2)  # noqa: E731
+        yield {"n": 10000, "m": 1000, "name": name, **measure(step, options)}
+
+
+# --- orchestration and report ---
+
+
+def run_worker(options: dict, environment: dict[str, str], title: str) -> list[dict]:
+    command = [sys.executable, __file__, "--worker", json.dumps(options)]
+    records = []
+    with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            record = json.loads(line)
+            records.append(record)
+            figure = record.get("skipped") or f"{record['median_ms']:.3f} ms"
+            print(f"[{title}] n={record['n']} m={record['m']} {record['name']}: {figure}", file=sys.stderr, flush=True)
+    if process.returncode != 0:
+        sys.exit(f"bench_matcher: the worker process ({title}) failed with status {process.returncode}")
+    return records
+
+
+def hardware(device: str) -> dict[str, object]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    result: dict[str, object] = {"cpu": cpu, "cores": os.cpu_count(), "machine": platform.machine()}
+    if device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+    return result
+
+
+def commit() -> str | None:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def lookup(records: list[dict], n: int, m: int, name: str) -> dict | None:
+    return next((r for r in records if (r["n"], r["m"], r["name"]) == (n, m, name)), None)
+
+
+def tables(report: dict) -> str:
+    """The report in Markdown."""
+    modes, lines = report["records"], []
+    for mode, records in modes.items():
+        names = list(dict.fromkeys(r["name"] for r in records if r["name"] not in ("pairwise_iou", "box_iou")))
+        lines += [f"### {mode}: median ms (quartiles), ratio to assign_and_sample, extra MB", ""]
+        lines += ["| n | m | " + " | ".join(names) + " | pairs/s |", "|---" * (len(names) + 3) + "|"]
+        for n, m in dict.fromkeys((r["n"], r["m"]) for r in records if r["name"] in names):
+            ours = lookup(records, n, m, "assign_and_sample")
+            cells = [_cell(lookup(records, n, m, name), ours) for name in names]
+            lines.append(f"| {n:,} | {m:,} | " + " | ".join(cells) + f" | {n * m / ours['median_ms'] * 1e3:.1e} |")
+        iou, peer = (lookup(records, 10000, 1000, name) for name in ("pairwise_iou", "box_iou"))
+        ratio = peer["median_ms"] / iou["median_ms"]
+        lines += [
+            "",
+            f"IoU matrix 10,000 x 1,000: pairwise_iou {iou['median_ms']:.1f} ms, "
+            f"torchvision box_iou {peer['median_ms']:.1f} ms ({ratio:.1f}x).",
+            "",
+        ]
+    lines += ["### Growth of assign_and_sample", ""]
+    records = next(iter(modes.values()))
+    for kind, fixed in (("n", "m"), ("m", "n")):
+        for value in dict.fromkeys(r[fixed] for r in records if r["name"] == "assign_and_sample"):
+            points = [
+                (r[kind], r["median_ms"]) for r in records if r["name"] == "assign_and_sample" and r[fixed] == value
+            ]
+            if len(points) > 1:
+                path = ", ".join(f"{x:,}: {t:.3f} ms" for x, t in points)
+                lines.append(f"- {fixed} = {value:,}, by {kind}: {path}; exponent {slope(points):.2f}")
+    if report["skipped"]:
+        lines += ["", *(f"Skipped: {name} ({why})." for name, why in report["skipped"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(record: dict | None, ours: dict) -> str:
+    if record is None:
+        return "—"
+    if "skipped" in record:
+        return record["skipped"]
+    memory = "" if record["extra_mb"] is None else f", {record['extra_mb']:.1f} MB"
+    ratio = "" if record is ours else f", {record['median_ms'] / ours['median_ms']:,.3g}x"
+    return f"{record['median_ms']:.3f} ({record['q1_ms']:.3f}–{record['q3_ms']:.3f}){ratio}{memory}"
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Exponent of growth: least squares in log-log."""
+    x, y = ([math.log(p[k]) for p in points] for k in (0, 1))
+    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def plot(report: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for mode, style in zip(report["records"], ("-", "--")):
+        records = [
+            r for r in report["records"][mode] if "median_ms" in r and r["name"] not in ("pairwise_iou", "box_iou")
+        ]
+        names = [x for x in dict.fromkeys(r["name"] for r in records) if x == "assign_and_sample" or "," not in x]
+        sizes, faces = (sorted({r[k] for r in records}) for k in ("n", "m"))
+        fixed = {"n": 360000 if 360000 in sizes else sizes[-1], "m": 100 if 100 in faces else faces[-1]}
+        for axis, kind, other in ((axes[0], "m", "n"), (axes[1], "n", "m")):
+            for number, name in enumerate(names):
+                points = sorted(
+                    (r[kind], r["median_ms"]) for r in records if r["name"] == name and r[other] == fixed[other]
+                )
+                if points:
+                    label = name if style == "-" else None
+                    axis.plot(*zip(*points), style, marker="o", markersize=3, color=f"C{number}", label=label)
+            axis.set(xscale="log", yscale="log")
+            axis.set_xlabel({"m": "faces m", "n": "anchors n"}[kind])
+            axis.set_title(f"{other} = {fixed[other]:,}")
+            axis.grid(True, which="both", alpha=0.2)
+    axes[0].set_ylabel("ms per image (median)")
+    axes[0].legend(fontsize=8)
+    title = report["hardware"].get("gpu") or f"{report['hardware']['cpu']}, {report['threads']} threads"
+    figure.suptitle(
+        f"{title}, torch {report['versions']['torch']}"
+        + ("; dashed: malloc tuned" if len(report["records"]) > 1 else "")
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--anchors", type=int, nargs="+", default=[40000, 360000, 2250000], help="four scales each")
+    parser.add_argument("--faces", type=int, nargs="+", default=[1, 10, 100, 500, 1000, 1968])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of runs for one measurement, at least three")
+    parser.add_argument("--json", type=Path, default=None, help="default: output/bench/bench_matcher_DEVICE.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.worker:
+        for record in work(json.loads(arguments.worker)):
+            print(json.dumps(record), flush=True)
+        return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench_matcher: --device cuda, but torch sees no GPU")
+    status = extension_status()
+    if not status.loaded or (arguments.device == "cuda" and not status.cuda):
+        sys.exit(
+            f"bench_matcher: nothing to measure without the extension's {arguments.device} kernels: {status.reason}"
+        )
+
+    skipped = {
+        peer: "not installed"
+        for peer in arguments.peers
+        if peer != "reference" and importlib.util.find_spec(peer) is None
+    }
+    options = {
+        "device": arguments.device,
+        "anchors": arguments.anchors,
+        "faces": arguments.faces,
+        "peers": [peer for peer in arguments.peers if peer not in skipped],
+        "threads": arguments.threads,
+        "seconds": arguments.seconds,
+    }
+    modes = {"malloc as it is": ({**options, "keeps_pages": False}, PINNING)}
+    if arguments.device == "cpu" and platform.libc_ver()[0] == "glibc":
+        modes["malloc tuned"] = ({**options, "keeps_pages": True}, {**PINNING, **TUNED_MALLOC})
+    report = {
+        "hardware": hardware(arguments.device),
+        "threads": arguments.threads,
+        "pinning": PINNING,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version_of("torchvision"),
+            "detectron2": version_of("detectron2"),
+            "commit": commit(),
+        },
+        "build": status.build_info,
+        "options": options,
+        "skipped": skipped,
+        "records": {title: run_worker(*mode, title) for title, mode in modes.items()},
+    }
+    path = arguments.json or Path(f"output/bench/bench_matcher_{arguments.device}.json")
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    plot(report, path.with_suffix(".png"))
+    print(tables(report))
+    print(f"{path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

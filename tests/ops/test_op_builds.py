@@ -1,0 +1,167 @@
+"""setup.py's switches, a real CUDA build, and the CPU kernels under sanitizers."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import setuptools
+import torch
+
+PACKAGE = "projects/GroupSampling"
+
+
+@pytest.fixture
+def setup_arguments(monkeypatch, repository):
+    """Runs setup.py under the given environment; returns what it would pass to setuptools, and its globals."""
+
+    def run(**environment):
+        for name in ("GS_BUILD_EXT", "FORCE_CUDA", "GS_SANITIZE", "DEBUG", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        found = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
+        monkeypatch.chdir(repository)
+        script = runpy.run_path("setup.py")
+        return {**found, "script": script}
+
+    return run
+
+
+def test_pure_python_on_request(setup_arguments, capsys):
+    arguments = setup_arguments(GS_BUILD_EXT="0")
+    assert "ext_modules" not in arguments
+    assert "group_sampling.ops" in arguments["packages"]
+    assert "GS_BUILD_EXT=0" in capsys.readouterr().err
+
+
+def test_no_compiler_installs_pure_python_with_a_notice(setup_arguments, capsys):
+    assert "ext_modules" not in setup_arguments(PATH="/nonexistent", CXX="/nonexistent/c++")
+    assert "no C++ compiler found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        (
+            {"GS_BUILD_EXT": "1", "PATH": "/nonexistent", "CXX": "/nonexistent/c++"},
+            "GS_BUILD_EXT=1, but .* no C\\+\\+ comp",
+        ),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FORCE_CUDA=1, but CUDA kernels cannot be built: "),
+        ({"FORCE_CUDA": "1", "GS_SANITIZE": "1"}, "CPU kernels only"),
+        ({"GS_BUILD_EXT": "yes"}, "GS_BUILD_EXT must be 0, 1 or unset, got 'yes'"),
+    ],
+)
+def test_what_was_asked_for_and_cannot_be_had_is_an_error(setup_arguments, environment, message):
+    with pytest.raises(SystemExit, match=message):
+        setup_arguments(**environment)
+
+
+def test_cpu_build_by_choice_or_for_want_of_a_toolkit(setup_arguments, capsys):
+    for environment in ({"FORCE_CUDA": "0"}, {"CUDA_HOME": "/nonexistent"}):
+        (extension,) = setup_arguments(**environment)["ext_modules"]
+        assert extension.name == "group_sampling._C"
+        assert not any("cuda" in source for source in extension.sources)
+        assert "-ffp-contract=off" in extension.extra_compile_args["cxx"]
+    assert "building without CUDA kernels" in capsys.readouterr().err
+
+
+def test_every_source_is_listed(setup_arguments, repository):
+    """A new file under csrc/ that nobody builds is a mistake."""
+    script = setup_arguments(GS_BUILD_EXT="0")["script"]
+    listed = set(script["CPU_SOURCES"] + script["CUDA_SOURCES"])
+    found = {str(p.relative_to(repository)) for s in ("*.cpp", "*.cu") for p in (repository / "csrc").rglob(s)}
+    assert listed == found
+
+
+def build(repository, folder, **environment):
+    """The package with a freshly built extension in ``folder``; returns the build's log."""
+    shutil.copytree(
+        repository / PACKAGE / "group_sampling",
+        folder / "group_sampling",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-temp",
+        str(folder / "temp"),
+        "--build-lib",
+        str(folder),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=repository,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_cuda_sources_compile(repository, tmp_path):
+    """For sm_80, sm_90 and PTX. Runs nothing on a GPU: without one, only the registration can be seen."""
+    log = build(repository, tmp_path, FORCE_CUDA="1", GS_BUILD_EXT="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert "warning" not in log.replace("SetuptoolsWarning", ""), log[-5000:]
+    for flag in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "code=compute_90", "--fmad=false"):
+        assert flag in log
+    program = """
+import torch
+from group_sampling.ops import extension_status
+status = extension_status()
+assert status.loaded and status.cuda and status.build_info["cuda"] == torch.version.cuda, status
+for name in ("pairwise_iou", "match_anchors", "match_anchor_grid", "sample_groups", "assign_and_sample"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"group_sampling::{name}", "CUDA"), name
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ and its sanitizers")
+def test_cpu_kernels_are_clean_under_sanitizers(repository, tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer over the operators' fast tests; both abort on a finding."""
+    build(repository, tmp_path, GS_SANITIZE="1", GS_BUILD_EXT="1")
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+    tests = ["test_op_match.py", "test_op_sample.py", "test_op_iou.py", "test_op_errors.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/ops/{name}" for name in tests)]
+    done = subprocess.run(
+        command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "passed" in done.stdout
+    assert (
+        "-fsanitize=address,undefined"
+        in subprocess.run(
+            [sys.executable, "-c", "from group_sampling.ops import extension_status as s; print(s().build_info)"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        ).stdout
+    )

@@ -14,7 +14,7 @@ from .evaluation import WiderFaceAP, read_predictions
 from .files import write_atomically
 
 # Detections below this score are not drawn.
-DRAW_SCORE = 0.5
+DRAW_SCORE = 0.7
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def plot_samples(runs: Sequence[Run], path: Path) -> None:
             axes.bar_label(bars, fmt="%.1f", fontsize=8)
         axes.set_xticks(position, list(samples))
         axes.set(title=run.name, xlabel="anchor scale (px)", ylabel="samples per image")
-        axes.legend()
+        axes.margins(y=0.25)  # room for the legend
+        axes.legend(loc="upper left", ncols=2)
     _save(figure, path)
 
 

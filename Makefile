@@ -20,7 +20,7 @@ $(VENV)/.extension: $(VENV)/.dependencies $(SOURCES)
 	@echo "Building the extension (minutes where a CUDA toolkit is found)"
 	$(PY) -m pip install --no-build-isolation --no-deps --verbose --editable . > $(VENV)/build.log 2>&1 \
 		|| { tail -n 40 $(VENV)/build.log; exit 1; }
-	@grep -hE "^ *group-sampling: (building|installing)" $(VENV)/build.log || true
+	@grep -hE "^ *group-sampling: (building|installing)" $(VENV)/build.log | sort -u
 	@touch $@
 
 # Detectron2 is not on PyPI, where nobody owns its name: pip looks for it without an index, or takes what was named.

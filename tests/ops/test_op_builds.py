@@ -139,17 +139,22 @@ for name in ("pairwise_iou", "match_anchors", "match_anchor_grid", "sample_group
 def test_cpu_kernels_are_clean_under_sanitizers(repository, tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over the operators' fast tests; both abort on a finding."""
     build(repository, tmp_path, GS_SANITIZE="1", GS_BUILD_EXT="1")
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    # Both come first: libasan finds the C++ runtime's throw at start-up, and Python itself does not load that runtime.
+    preload = " ".join(
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(tmp_path),
-        "LD_PRELOAD": asan,
+        "LD_PRELOAD": preload,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }
     tests = ["test_op_match.py", "test_op_sample.py", "test_op_iou.py", "test_op_errors.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/ops/{name}" for name in tests)]
+    options = ["-q", "-p", "no:cacheprovider", "--capture=sys"]  # a finding is written to the process's stderr
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/ops/{name}" for name in tests)]
     done = subprocess.run(
         command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -8,9 +8,10 @@
 
 namespace group_sampling {
 
-// Number of threads worth waking for `work` elementary steps of a few nanoseconds each.
+// Number of threads worth waking for `work` elementary steps of about a nanosecond. Waking costs microseconds on a calm
+// machine, and milliseconds on a busy one, where the last thread to get a core holds up all.
 inline int64_t threads_for(int64_t work, int64_t num_tasks) {
-  constexpr int64_t kWorkPerThread = 16384;
+  constexpr int64_t kWorkPerThread = 65536;
   if (at::in_parallel_region()) return 1;
   return std::max<int64_t>(1,
                            std::min({static_cast<int64_t>(at::get_num_threads()), num_tasks, work / kWorkPerThread}));

@@ -243,7 +243,7 @@ def test_odd_annotations_and_an_unreadable_image(tmp_path):
     for kind in ("zero area: 1", "inverted (negative width or height): 1"):
         assert kind in log
     assert "skipping an unreadable image" in log and "photos/b/broken.jpg" in log
-    assert "draws hit an unreadable image (1 files)" in log
+    assert "draws hit one of 1 unreadable images; 1 images had 1 boxes outside of them" in log
     assert load(tmp_path / "model_final.pth")["iteration"] == 7
     assert all(np.isfinite(value) for line in read_metrics(tmp_path) for value in line.values())
 

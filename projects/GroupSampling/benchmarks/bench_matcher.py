@@ -311,9 +311,35 @@ def lookup(records: list[dict], n: int, m: int, name: str) -> dict | None:
     return next((r for r in records if (r["n"], r["m"], r["name"]) == (n, m, name)), None)
 
 
+def summary(report: dict) -> list[str]:
+    """The table of the README: assign_and_sample against each peer of the same process run, in every mode."""
+    modes = report["records"]
+    columns = [(mode, peer) for peer in report["options"]["peers"] for mode in modes]
+    lines = ["| n | m | assign_and_sample | " + " | ".join(f"{peer}, {mode}" for mode, peer in columns) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
+    first = next(iter(modes.values()))
+    for n, m in dict.fromkeys((r["n"], r["m"]) for r in first if r["name"] == "assign_and_sample"):
+        ours = lookup(first, n, m, "assign_and_sample")
+        cells = [f"{ours['median_ms']:.3f} ms{_memory(ours)}"]
+        for mode, peer in columns:
+            record = lookup(modes[mode], n, m, peer)
+            if "skipped" in record:
+                cells.append(record["skipped"])
+            else:
+                ratio = record["median_ms"] / lookup(modes[mode], n, m, "assign_and_sample")["median_ms"]
+                cells.append(f"{record['median_ms']:,.1f} ms{_memory(record)}, {ratio:,.0f}x")
+        lines.append(f"| {n:,} | {m:,} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _memory(record: dict) -> str:
+    return "" if record["extra_mb"] is None else f", {record['extra_mb']:,.1f} MB"
+
+
 def tables(report: dict) -> str:
     """The report in Markdown."""
-    modes, lines = report["records"], []
+    modes = report["records"]
+    lines = ["### Summary: median, extra memory, ratio", "", *summary(report)]
     for mode, records in modes.items():
         names = list(dict.fromkeys(r["name"] for r in records if r["name"] not in ("pairwise_iou", "box_iou")))
         lines += [f"### {mode}: median ms (quartiles), ratio to assign_and_sample, extra MB", ""]
@@ -350,9 +376,8 @@ def _cell(record: dict | None, ours: dict) -> str:
         return "—"
     if "skipped" in record:
         return record["skipped"]
-    memory = "" if record["extra_mb"] is None else f", {record['extra_mb']:.1f} MB"
     ratio = "" if record is ours else f", {record['median_ms'] / ours['median_ms']:,.3g}x"
-    return f"{record['median_ms']:.3f} ({record['q1_ms']:.3f}–{record['q3_ms']:.3f}){ratio}{memory}"
+    return f"{record['median_ms']:.3f} ({record['q1_ms']:.3f}–{record['q3_ms']:.3f}){ratio}{_memory(record)}"
 
 
 def slope(points: list[tuple[float, float]]) -> float:

@@ -77,7 +77,7 @@ def show_progress(bar: tqdm, folder: Path) -> None:
     bar.update(rows[-1]["iteration"] + 1 - bar.n)
 
 
-def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str, minutes: float) -> dict:
+def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str) -> dict:
     """AP in percent of every detector: each seed, mean and standard deviation (n - 1)."""
     summary = {
         "engine": engine,
@@ -85,7 +85,6 @@ def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str, minutes
         "data_set": DATASET,
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "minutes": round(minutes, 1),
         "ap_percent": {},
     }
     for name, seeds_of_run in runs.items():
@@ -107,7 +106,6 @@ def main() -> None:
     args = parse_args()
     engine = resolve_engine(args.engine)
     print(f"engine: {engine}")
-    start = time.time()
     runs: dict[str, list[Run]] = {name: [] for name in DETECTORS}
     jobs = [(seed, name) for seed in args.seeds for name in DETECTORS]
     for number, (seed, name) in enumerate(jobs, 1):
@@ -121,7 +119,7 @@ def main() -> None:
             print(f"{title}: complete in {run.folder} (--fresh repeats it)")
         runs[name].append(run)
 
-    summary = summarise(runs, args.seeds, engine, (time.time() - start) / 60)
+    summary = summarise(runs, args.seeds, engine)
     content = json.dumps(summary, indent=2) + "\n"
     write_atomically(args.output / "summary.json", content.encode())
     if args.json:

@@ -1,4 +1,4 @@
-# make demo | test | test-slow | bench | lint | format | env
+# make demo | test | test-slow | sanitize | bench | lint | format | env
 # Each sets up .venv first (once). DETECTRON2=<wheel, folder or URL> adds Detectron2 to it.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ PROJECT := projects/GroupSampling
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 PYTEST_ARGS ?=
 
-.PHONY: env demo test test-slow bench lint format clean
+.PHONY: env demo test test-slow sanitize bench lint format clean
 
 $(VENV)/.dependencies: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
@@ -45,6 +45,9 @@ test: env
 
 test-slow: env
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+sanitize: env  # the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PY) -m pytest -m slow tests/ops/test_op_builds.py -k sanitizers
 
 bench: env
 	$(PY) $(PROJECT)/benchmarks/bench_matcher.py

@@ -18,6 +18,7 @@ from group_sampling.checkpoint import convert_names
 from group_sampling.data.records import UnreadableImageError
 from group_sampling.engines.common import ConfigError
 from group_sampling.engines.tv.config import load_config
+from group_sampling.engines.tv.events import logging_to
 from group_sampling.engines.tv.model import build_model
 from group_sampling.engines.tv.train import build_lr_schedule, build_optimizer, main
 
@@ -105,8 +106,12 @@ def test_files_of_a_run(trained):
     assert (inference / "results.json").exists() and (inference / "pr_curves.png").exists()
 
 
-def test_logging_leaves_nothing_behind(trained):
-    assert logging.getLogger("group_sampling").handlers == logging.getLogger("fvcore").handlers == []
+def test_logging_leaves_nothing_behind(tmp_path):
+    loggers = [logging.getLogger(name) for name in ("group_sampling", "fvcore")]
+    before = [(log.level, list(log.handlers)) for log in loggers]
+    with logging_to(str(tmp_path), rank=0):
+        assert [(log.level, list(log.handlers)) for log in loggers] != before
+    assert [(log.level, list(log.handlers)) for log in loggers] == before
 
 
 def test_eval_only_finds_the_same(trained, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from group_sampling import anchors
 from group_sampling.anchors import AnchorGrid, AnchorLattice, cell_anchors
 
 # The five detectors of the paper: (sizes per level, strides).
@@ -97,6 +98,75 @@ def test_merged_is_one_group():
 def test_equal_grids_are_equal_keys():
     assert grid_of(*GENERIC) == grid_of(*GENERIC)
     assert len({grid_of(*GENERIC), grid_of(*GENERIC), grid_of(*GENERIC).merged()}) == 2
+
+
+def small_grid(height, width=3):
+    return AnchorGrid.from_cell_anchors([cell_anchors([16, 32], [1.0])], [4], [(height, width)])
+
+
+@pytest.mark.parametrize("make", [AnchorGrid.boxes, AnchorGrid.group_ids])
+def test_an_equal_grid_gets_the_same_tensor(make):
+    first = make(small_grid(50))
+    assert make(small_grid(50)) is make(small_grid(50), "cpu") is first
+    assert make(small_grid(50).merged()) is not first
+    assert not torch.equal(make(small_grid(50, 4)), first)
+    assert make(small_grid(50), "meta").device.type == "meta"
+
+
+def test_each_dtype_has_its_own_boxes():
+    grid = small_grid(50)
+    assert (grid.boxes().dtype, grid.boxes(dtype=torch.float64).dtype, grid.boxes().dtype) == (
+        torch.float32,
+        torch.float64,
+        torch.float32,
+    )
+
+
+def test_only_the_last_few_grids_are_kept():
+    first = small_grid(60).boxes()
+    for height in range(61, 61 + anchors._recent_boxes.capacity - 1):
+        small_grid(height).boxes()
+    assert small_grid(60).boxes() is first  # and is the most recent one again
+    for height in range(71, 71 + anchors._recent_boxes.capacity):
+        small_grid(height).boxes()
+    again = small_grid(60).boxes()
+    assert again is not first and torch.equal(again, first)
+    assert len(anchors._recent_boxes._tensors) == anchors._recent_boxes.capacity
+
+
+def test_boxes_first_asked_for_in_inference_mode_serve_training():
+    with torch.inference_mode():
+        boxes = small_grid(80).boxes()
+    weight = torch.ones(4, requires_grad=True)
+    (boxes * weight).sum().backward()
+    assert torch.allclose(weight.grad, small_grid(80).boxes().sum(0))
+
+
+def test_what_a_compiler_traces_is_not_kept():
+    torch.compiler.reset()
+    grid = small_grid(90)
+    before = list(anchors._recent_boxes._tensors)
+    compiled = torch.compile(lambda x: x + grid.boxes(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(1)), grid._make_boxes(torch.device("cpu"), torch.float32) + 1)
+    assert list(anchors._recent_boxes._tensors) == before
+    kept = grid.boxes()
+    with torch._subclasses.FakeTensorMode():
+        assert grid.boxes() is not kept and type(grid.boxes()) is not torch.Tensor
+    assert grid.boxes() is kept
+
+
+@pytest.mark.cuda
+def test_boxes_wait_for_no_gpu():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        boxes, ids = small_grid(100).boxes("cuda"), small_grid(100).group_ids("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(boxes.cpu(), small_grid(100).boxes())
+    assert torch.equal(ids.cpu(), small_grid(100).group_ids())
+    assert small_grid(100).boxes("cuda:0") is boxes
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert small_grid(100).boxes("cuda") is not boxes
 
 
 def test_no_levels():

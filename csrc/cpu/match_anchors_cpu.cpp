@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <memory>
@@ -149,20 +150,26 @@ void run(const at::Tensor& anchor_tensor, const at::Tensor& gt_tensor, const at:
   const auto taken = std::make_unique<std::atomic<uint8_t>[]>(num_gts);
 
   const int64_t num_blocks = (num_anchors + kBlock - 1) / kBlock;
-  const int64_t num_threads = threads_for(num_anchors * (1 + num_gts / 8), num_blocks);
+  const int64_t num_threads = threads_for(num_anchors * (6 + num_gts / 32), num_blocks);
+  // Neighbouring blocks share pages and cache lines of the results, so threads take runs of them.
+  const int64_t blocks_per_task = std::clamp<int64_t>(num_blocks / (8 * num_threads), 1, 64);
+  const int64_t num_tasks = (num_blocks + blocks_per_task - 1) / blocks_per_task;
   std::vector<std::vector<uint8_t>> keep(num_threads, std::vector<uint8_t>(num_gts));
-  for_each_task(num_threads, num_blocks, [&](int64_t thread, int64_t b) {
-    Block<T> block;
-    const int64_t first = b * kBlock, count = std::min(kBlock, num_anchors - first);
-    const Reach<T> reach = load_block(anchors + first, count, neg_iou, block);
-    match_block_on(block, reach, gts, columns, num_gts, keep[thread].data());
-    for (int64_t i = 0; i < count; ++i) {
-      const T iou = block.iou[i];
-      const bool matched = iou >= neg_iou, positive = iou >= pos_iou;
-      labels[first + i] = positive ? 1 : matched ? -1 : 0;
-      matched_gt[first + i] = matched ? block.gt[i] : -1;
-      best_iou[first + i] = matched ? iou : T(0);
-      if (positive) taken[block.gt[i]].store(1, std::memory_order_relaxed);
+  for_each_task(num_threads, num_tasks, [&](int64_t thread, int64_t task) {
+    const int64_t end = std::min(num_blocks, (task + 1) * blocks_per_task);
+    for (int64_t b = task * blocks_per_task; b < end; ++b) {
+      Block<T> block;
+      const int64_t first = b * kBlock, count = std::min(kBlock, num_anchors - first);
+      const Reach<T> reach = load_block(anchors + first, count, neg_iou, block);
+      match_block_on(block, reach, gts, columns, num_gts, keep[thread].data());
+      for (int64_t i = 0; i < count; ++i) {
+        const T iou = block.iou[i];
+        const bool matched = iou >= neg_iou, positive = iou >= pos_iou;
+        labels[first + i] = positive ? 1 : matched ? -1 : 0;
+        matched_gt[first + i] = matched ? block.gt[i] : -1;
+        best_iou[first + i] = matched ? iou : T(0);
+        if (positive) taken[block.gt[i]].store(1, std::memory_order_relaxed);
+      }
     }
   });
   second_pass(options, num_anchors, num_gts, taken.get(), labels, matched_gt, best_iou);

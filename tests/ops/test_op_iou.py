@@ -18,17 +18,31 @@ def test_hand_worked(device):
     assert torch.equal(pairwise_iou(boxes1, boxes2), want)
 
 
+def check_scene(scene, device):
+    anchors = scene.grid.boxes(device, scene.dtype)
+    for gt, boxes in zip(scene.tensors(device)[0], scene.gt_boxes):
+        want = oracle_iou(anchors.cpu().numpy(), boxes)
+        for result in (pairwise_iou(anchors, gt), reference.pairwise_iou(anchors, gt)):
+            assert result.dtype == scene.dtype
+            assert np.array_equal(result.cpu().numpy(), want)
+        assert np.array_equal(pairwise_iou(gt, anchors).cpu().numpy(), want.T)
+        assert np.array_equal(pairwise_iou(gt, gt).cpu().numpy(), oracle_iou(boxes, boxes))
+
+
 @pytest.mark.parametrize("device", devices())
 @settings(max_examples=300)
 @given(scene=scenes())
 def test_matches_the_oracle(device, scene):
-    anchors = scene.grid.boxes(device, scene.dtype)
-    gt = scene.tensors(device)[0][0]
-    want = oracle_iou(anchors.cpu().numpy(), scene.gt_boxes[0])
-    for result in (pairwise_iou(anchors, gt), reference.pairwise_iou(anchors, gt)):
-        assert result.dtype == scene.dtype
-        assert np.array_equal(result.cpu().numpy(), want)
-    assert np.array_equal(pairwise_iou(gt, anchors).cpu().numpy(), want.T)
+    check_scene(scene, device)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
+@pytest.mark.parametrize("device", devices())
+@settings(max_examples=6000)
+@given(scene=scenes(max_cells=600, max_faces=25))
+def test_matches_the_oracle_on_larger_scenes(device, scene):
+    check_scene(scene, device)
 
 
 @pytest.mark.parametrize("device", devices())

@@ -1,10 +1,12 @@
 """match_anchors, match_anchor_grid: the oracle, the reference, C++ and CUDA agree to the bit."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from oracles import oracle_match
+from oracles import oracle_iou, oracle_match, oracle_valid
 from strategies import BAD_BOXES, devices, scenes
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
@@ -43,11 +45,65 @@ def test_matches_the_oracle(device, scene):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
 @settings(max_examples=6000)
 @given(scene=scenes(max_cells=600, max_faces=25))
 def test_matches_the_oracle_on_larger_scenes(device, scene):
     check_scene(scene, device)
+
+
+def test_the_scenes_hold_every_awkward_case():
+    """What the tests against the oracle meet: each case in at least five of 400 scenes."""
+    seen = Counter()
+
+    @settings(max_examples=400)
+    @given(scene=scenes())
+    def count(scene):
+        anchors = scene.grid.boxes(dtype=scene.dtype).numpy()
+        found = {f"dtype {scene.dtype}", scene.match["second_pass"]}
+        sides = {}
+        for lattice in scene.grid.lattices:
+            x1, y1, x2, y2 = lattice.base
+            sides.setdefault(lattice.group, set()).add(round((y2 - y1) / (x2 - x1), 3))
+        found |= {"several aspect ratios in a group"} if any(len(s) > 1 for s in sides.values()) else set()
+        found |= {"ignore regions"} if scene.ignore_boxes is not None else set()
+        for image, boxes in enumerate(scene.gt_boxes):
+            valid = oracle_valid(boxes)
+            for name, bad in BAD_BOXES.items():
+                if any(np.array_equal(row, np.array(bad, boxes.dtype), equal_nan=True) for row in boxes):
+                    found.add(name)
+            if valid.any() and len(anchors):
+                whole = np.array_equal(boxes[valid], np.round(boxes[valid]))
+                found.add("integer faces" if whole else "random faces")
+                iou = oracle_iou(anchors, boxes)
+                best = iou.max(1)
+                reached = best >= scene.match["neg_iou"]
+                found |= {"face without overlap"} if (iou[:, valid].max(0) == 0).any() else set()
+                found |= {"faces tie"} if ((iou == best[:, None]).sum(1)[reached] > 1).any() else set()
+                highest = iou.max(0)
+                tie = ((iou == highest).sum(0) > 1) & (highest >= scene.match["neg_iou"])
+                found |= {"anchors tie"} if tie.any() else set()
+                for name in ("pos_iou", "neg_iou"):
+                    found |= {f"exactly {name}"} if (best == boxes.dtype.type(scene.match[name])).any() else set()
+                options = {**scene.match, "second_pass": "none"}
+                plain = oracle_match(anchors, boxes, **options)[0]
+                found |= {"face promoted"} if plain != oracle_match(anchors, boxes, **scene.match)[0] else set()
+                if scene.ignore_boxes is not None:
+                    covered = oracle_match(anchors, boxes, ignore_boxes=scene.ignore_boxes[image], **options)[0]
+                    found |= {"negative covered"} if covered != plain else set()
+        found |= {"image without faces"} if any(len(boxes) == 0 for boxes in scene.gt_boxes) else set()
+        found |= {"grid without anchors"} if len(anchors) == 0 else set()
+        seen.update(found)
+
+    count()
+    cases = {
+        *("dtype torch.float32", "dtype torch.float64", "all", "best", "none", "integer faces", "random faces"),
+        *("several aspect ratios in a group", "faces tie", "anchors tie", "exactly pos_iou", "exactly neg_iou"),
+        *("face without overlap", "face promoted", "ignore regions", "negative covered"),
+        *("image without faces", "grid without anchors", *BAD_BOXES),
+    }
+    assert {case: seen[case] for case in cases if seen[case] < 5} == {}
 
 
 @pytest.mark.parametrize("device", devices())

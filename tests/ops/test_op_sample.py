@@ -79,6 +79,7 @@ def test_draws_what_the_walk_of_the_permutation_draws(device, scene):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
 @settings(max_examples=6000)
 @given(scene=scenes(max_cells=600, max_faces=25))
@@ -87,6 +88,16 @@ def test_counts_and_equality_on_larger_scenes(device, scene):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
+@pytest.mark.parametrize("device", devices())
+@settings(max_examples=5000)
+@given(scene=scenes(max_cells=120, max_faces=12))
+def test_draws_what_the_walk_draws_on_many_scenes(device, scene):
+    check_scene(scene, device, walk=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
 @settings(max_examples=500)
 @given(scene=scenes(max_cells=800))
@@ -94,17 +105,38 @@ def test_draws_what_the_walk_draws_on_larger_scenes(device, scene):
     check_scene(scene, device, walk=True)
 
 
+def check_group_ids(scene, device):
+    """sample_groups with group ids in any order, of which 3 and -1 belong to no group."""
+    gts, _ = scene.tensors(device)
+    labels = match_anchor_grid(scene.grid, gts, **scene.match).labels
+    rng = np.random.default_rng(scene.draw["iteration"])
+    ids = torch.from_numpy(rng.integers(-1, 4, scene.grid.num_anchors)).to(device)
+    result = sample_groups(labels, ids, num_groups=3, **scene.draw)
+    members = [(ids == group).nonzero().squeeze(1) for group in range(3)]
+    assert_same(result, reference.sample_groups(labels, members, **scene.draw))
+    options = scene.draw["samples_per_group"], scene.draw["positive_fraction"]
+    for image in range(len(gts)):
+        for group, member in enumerate(members):
+            key = (scene.draw["seed"], scene.draw["iteration"], scene.draw["first_image"] + image, group)
+            want = labels[image].tolist(), member.tolist(), *options
+            assert (result.num_pos[image, group].item(), result.num_neg[image, group].item()) == oracle_counts(*want)
+            assert result.indices[image, group].tolist() == oracle_draw(*want, key)
+
+
 @pytest.mark.parametrize("device", devices())
 @settings(max_examples=100)
 @given(scene=scenes())
 def test_group_ids_in_any_order(device, scene):
-    gts, _ = scene.tensors(device)
-    labels = match_anchor_grid(scene.grid, gts, **scene.match).labels
-    rng = np.random.default_rng(scene.draw["iteration"])
-    ids = torch.from_numpy(rng.integers(-1, 4, scene.grid.num_anchors)).to(device)  # 3 and -1 belong to no group
-    result = sample_groups(labels, ids, num_groups=3, **scene.draw)
-    members = [(ids == group).nonzero().squeeze(1) for group in range(3)]
-    assert_same(result, reference.sample_groups(labels, members, **scene.draw))
+    check_group_ids(scene, device)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
+@pytest.mark.parametrize("device", devices())
+@settings(max_examples=5000)
+@given(scene=scenes(max_cells=120, max_faces=12))
+def test_group_ids_in_any_order_on_many_scenes(device, scene):
+    check_group_ids(scene, device)
 
 
 @pytest.mark.parametrize("device", devices())

@@ -4,6 +4,8 @@ Every test states the hypothesis it tests and rejects it below p = 1e-4. Seeds a
 good; the smallest p of the code as it is stands next to each test. MUTATIONS shows that broken permutations fail.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,17 @@ def test_consecutive_keys_draw_independently(name):
     )
     counts = np.bincount(first[:-1] * 12 + first[1:], minlength=144)
     assert p_of_counts(counts, trials / 144) > LIMIT
+
+
+@pytest.mark.parametrize("size", [3, 12, 1100])  # p >= 0.014, of 45
+def test_every_two_iterations_are_independent(size):
+    """First anchors, in tenths of the group where it is large, of 20,000 images under each pair of six iterations."""
+    trials, cells = 20000, min(size, 10) if size > 100 else size
+    share = np.bincount(np.arange(size) * cells // size) / size
+    first = [draws(size, trials, 1, iteration=i)[:, 0] * cells // size for i in range(6)]
+    for one, other in itertools.combinations(first, 2):
+        counts = np.bincount(one * cells + other, minlength=cells * cells).reshape(cells, cells)
+        assert p_of_counts(counts, trials * np.outer(share, share)) > LIMIT
 
 
 def test_groups_draw_independently():  # p = 0.92

@@ -10,7 +10,8 @@ Shape shorthand: n anchors, G scale groups, A base boxes of one feature level. B
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,13 +186,21 @@ class AnchorGrid:
     def boxes(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """(n, 4) anchors in flat order: levels one after another, in a level by row, column, base box.
 
-        float32 boxes are bit-equal to those of Detectron2's and torchvision's anchor generators.
+        float32 boxes are bit-equal to those of Detectron2's and torchvision's anchor generators. No call waits for a
+        GPU. The boxes of the last few grids are kept and handed out again: do not change them in place.
 
         Raises:
             TypeError: ``dtype`` is neither float32 nor float64.
         """
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"AnchorGrid.boxes: dtype must be float32 or float64, got {dtype}")
+        return _recent_boxes.get((self, dtype), device, lambda place: self._make_boxes(place, dtype))
+
+    def group_ids(self, device: torch.device | str | None = None) -> Tensor:
+        """(n,) int64 scale group of each anchor, in [0, G). Kept and handed out again like :meth:`boxes`."""
+        return _recent_group_ids.get(self, device, self._make_group_ids)
+
+    def _make_boxes(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         levels = [torch.empty(0, 4, device=device, dtype=dtype)]
         for level in self._levels():
             first = level[0]
@@ -201,15 +210,14 @@ class AnchorGrid:
             shifts = torch.empty(first.height, first.width, 1, 4, device=device, dtype=dtype)
             shifts[..., 0] = shifts[..., 2] = shift[: first.width].view(1, -1, 1)
             shifts[..., 1] = shifts[..., 3] = shift[: first.height].view(-1, 1, 1)
-            base = torch.tensor([lattice.base for lattice in level], device=device, dtype=dtype)
+            base = _on_device([v for lattice in level for v in lattice.base], device, dtype).view(-1, 4)
             levels.append((shifts + base).reshape(-1, 4))
         return torch.cat(levels)
 
-    def group_ids(self, device: torch.device | str | None = None) -> Tensor:
-        """(n,) int64 scale group of each anchor, in [0, G)."""
+    def _make_group_ids(self, device: torch.device) -> Tensor:
         levels = [torch.empty(0, device=device, dtype=torch.int64)]
         for level in self._levels():
-            groups = torch.tensor([lattice.group for lattice in level], device=device)
+            groups = _on_device([lattice.group for lattice in level], device, torch.int64)
             levels.append(groups.repeat(level[0].num_cells))
         return torch.cat(levels)
 
@@ -240,6 +248,45 @@ def _base_boxes(boxes: Tensor, level: int) -> list[tuple[float, float, float, fl
     if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.shape[0] == 0:
         raise ValueError(f"AnchorGrid: cell_anchors[{level}] must have shape (A, 4), A > 0, got {tuple(boxes.shape)}")
     return [tuple(row) for row in boxes.tolist()]
+
+
+def _on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``torch.tensor(values)`` without its copy from the host, for which a GPU's stream would be waited."""
+    return torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
+
+
+class _RecentTensors:
+    """The last few tensors that were made, by key, device and stream."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._tensors: dict[Hashable, Tensor] = {}  # least recently used first
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, device: torch.device | str | None, make: Callable[[torch.device], Tensor]) -> Tensor:
+        probe = torch.empty(0, device=device)  # "cuda" has become "cuda:0", None the default device
+        # What a compiler traces, a tracing mode fakes or a CUDA graph records holds no numbers yet.
+        if torch.compiler.is_compiling() or type(probe) is not Tensor:
+            return make(probe.device)
+        stream = None
+        if probe.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return make(probe.device)
+            stream = torch.cuda.current_stream(probe.device)  # another would not wait for the kernels that fill it
+        key = (key, probe.device, stream)
+        with self._lock:
+            tensor = self._tensors.pop(key, None)
+            if tensor is None:
+                with torch.inference_mode(False):  # an inference tensor would fail in a later training step
+                    tensor = make(probe.device)
+            self._tensors[key] = tensor
+            if len(self._tensors) > self.capacity:
+                del self._tensors[next(iter(self._tensors))]
+        return tensor
+
+
+# Image sizes vary while training, so few repeat soon; 2.25 million anchors are 36 MB of boxes.
+_recent_boxes, _recent_group_ids = _RecentTensors(4), _RecentTensors(4)
 
 
 def _check_lattice(lattice: AnchorLattice, index: int, num_groups: int) -> None:

@@ -38,6 +38,11 @@ VARIANTS = {
         [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.RPN.IN_FEATURES", "['p2', 'p3']"],
     ),
     "sampling, R50": ("fpn_finest_sampling", []),
+    "C4, R18, GN": ("rpn_c4", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN"]),
+    "FPN, R18, frozen": ("fpn", SMALL),
+    "FPN-finest-stride, R18, frozen": ("fpn_finest_stride", SMALL),
+    "OHEM, R18, frozen": ("table4/ohem", [*SMALL, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "4096"]),
+    "focal, R18, frozen": ("table4/focal", SMALL),
 }
 
 
@@ -97,8 +102,11 @@ def test_samples_losses_and_detections_agree(engines, monkeypatch):
         d2_losses = engines.d2_model(engines.d2_batch)
     tv_losses = tv_forward(engines)
     assert len(drawn) == 2
-    for ours, theirs in zip(*drawn):
-        assert torch.equal(ours, theirs)
+    if engines.d2_cfg.MODEL.GROUP_SAMPLING.SAMPLER == "ohem":  # in the order of losses, which are only nearly equal
+        assert torch.equal(drawn[0].indices.sort(dim=-1).values, drawn[1].indices.sort(dim=-1).values)
+    else:
+        for ours, theirs in zip(*drawn):
+            assert torch.equal(ours, theirs)
     assert drawn[0].num_pos.sum() > 0, "a batch without positives would show little"
     for name in ("loss_rpn_cls", "loss_rpn_loc"):
         assert d2_losses[name].item() == pytest.approx(tv_losses[name].item(), abs=1e-4)

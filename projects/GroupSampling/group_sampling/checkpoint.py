@@ -27,20 +27,25 @@ TORCHVISION_WEIGHTS = {
 }
 TORCHVISION_PREFIX = "torchvision://"
 
-# (Detectron2's name, torchvision's name); {s} stands for a number, {s-1} for that number minus one.
+# (Detectron2's name, torchvision's name); {s} stands for a number, {s-1} for that number minus one. Detectron2's ResNet
+# is the backbone itself, or its "bottom_up" under an FPN.
 _NAMES = (
-    ("backbone.bottom_up.stem.conv1.norm.", "backbone.body.bn1."),
-    ("backbone.bottom_up.stem.conv1.", "backbone.body.conv1."),
-    ("backbone.bottom_up.res{s}.{b}.shortcut.norm.", "backbone.body.layer{s-1}.{b}.downsample.1."),
-    ("backbone.bottom_up.res{s}.{b}.shortcut.", "backbone.body.layer{s-1}.{b}.downsample.0."),
-    ("backbone.bottom_up.res{s}.{b}.conv{c}.norm.", "backbone.body.layer{s-1}.{b}.bn{c}."),
-    ("backbone.bottom_up.res{s}.{b}.conv{c}.", "backbone.body.layer{s-1}.{b}.conv{c}."),
+    ("backbone.stem.conv1.norm.", "backbone.body.bn1."),
+    ("backbone.stem.conv1.", "backbone.body.conv1."),
+    ("backbone.res{s}.{b}.shortcut.norm.", "backbone.body.layer{s-1}.{b}.downsample.1."),
+    ("backbone.res{s}.{b}.shortcut.", "backbone.body.layer{s-1}.{b}.downsample.0."),
+    ("backbone.res{s}.{b}.conv{c}.norm.", "backbone.body.layer{s-1}.{b}.bn{c}."),
+    ("backbone.res{s}.{b}.conv{c}.", "backbone.body.layer{s-1}.{b}.conv{c}."),
     ("backbone.fpn_lateral{s}.norm.", "backbone.fpn.inner_blocks.{s-2}.1."),
     ("backbone.fpn_output{s}.norm.", "backbone.fpn.layer_blocks.{s-2}.1."),
     ("backbone.fpn_lateral{s}.", "backbone.fpn.inner_blocks.{s-2}.0."),
     ("backbone.fpn_output{s}.", "backbone.fpn.layer_blocks.{s-2}.0."),
     ("proposal_generator.rpn_head.", "rpn.head."),
+    ("roi_heads.box_head.fc1.", "roi_heads.box_head.fc6."),
+    ("roi_heads.box_head.fc2.", "roi_heads.box_head.fc7."),
 )
+_FPN_NAMES = ("backbone.fpn", "backbone.bottom_up.")
+_RESNET = re.compile(r"backbone\.(stem|res\d)\.")
 _FIELD = re.compile(r"\{(\w)(?:-(\d))?\}")
 
 
@@ -67,28 +72,56 @@ _TO_TORCHVISION = [_rule(d2, tv) for d2, tv in _NAMES]
 _TO_DETECTRON2 = [_rule(tv, d2) for d2, tv in _NAMES]
 
 
-def convert_names(state_dict: Mapping[str, Tensor], naming: str) -> dict[str, Tensor]:
-    """Rename the parameters of a detector or of a torchvision ResNet to one engine's names.
+def convert_names(state_dict: Mapping[str, Tensor], naming: str, *, has_fpn: bool | None = None) -> dict[str, Tensor]:
+    """Rename the parameters of a detector or of a torchvision ResNet to one engine's names, and order its classes so.
 
     Args:
         state_dict: parameters named by Detectron2's engine, by torchvision's engine, or by a torchvision ResNet
-            classifier (whose ``fc`` layer is left out). The values are not copied.
+            classifier (whose ``fc`` layer is left out). The values are not copied, except those of the box predictor,
+            whose rows the engines order differently.
         naming: ``"detectron2"`` or ``"torchvision"``. Names that already fit, and unknown ones, stay as they are.
+        has_fpn: Detectron2's names of a ResNet depend on it; None: if ``state_dict`` has parameters of an FPN.
     """
     if naming not in ("detectron2", "torchvision"):
         raise ValueError(f'convert_names: naming must be "detectron2" or "torchvision", got {naming!r}')
     if "conv1.weight" in state_dict and "layer1.0.conv1.weight" in state_dict:
         state_dict = {f"backbone.body.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
+    if has_fpn is None:
+        has_fpn = any(name.startswith(_FPN_NAMES) for name in state_dict)
     rules = _TO_DETECTRON2 if naming == "detectron2" else _TO_TORCHVISION
     converted = {}
     for name, value in state_dict.items():
+        name = name.replace("backbone.bottom_up.", "backbone.", 1)
         for pattern, write in rules:
             match = pattern.match(name)
             if match:
                 name = write(match) + name[match.end() :]
                 break
+        if naming == "detectron2" and has_fpn and _RESNET.match(name):
+            name = name.replace("backbone.", "backbone.bottom_up.", 1)
         converted[name] = value
+    _reorder_box_predictor(converted, naming)
     return converted
+
+
+def _reorder_box_predictor(state_dict: dict[str, Tensor], naming: str) -> None:
+    """Bring the outputs of Fast R-CNN into one engine's order, in place; K classes.
+
+    Detectron2 has the background last and boxes for the K classes, torchvision has it first, with a box. The number of
+    boxes therefore tells the order. A class-agnostic regressor stays as it is.
+    """
+    prefix = "roi_heads.box_predictor."
+    for kind in ("weight", "bias"):
+        score_name, box_name = f"{prefix}cls_score.{kind}", f"{prefix}bbox_pred.{kind}"
+        if not {score_name, box_name} <= state_dict.keys():
+            continue
+        scores, boxes = state_dict[score_name], state_dict[box_name]
+        if naming == "torchvision" and len(boxes) == 4 * (len(scores) - 1):
+            state_dict[score_name] = torch.cat([scores[-1:], scores[:-1]])
+            state_dict[box_name] = torch.cat([torch.zeros_like(boxes[:4]), boxes])
+        elif naming == "detectron2" and len(boxes) == 4 * len(scores):
+            state_dict[score_name] = torch.cat([scores[1:], scores[:1]])
+            state_dict[box_name] = boxes[4:]
 
 
 def resolve_weights(path: str) -> str:
@@ -179,8 +212,10 @@ class CheckpointMixin:
             raise ValueError(f"{filename}: expected a dict of parameters, found {type(checkpoint).__name__}")
         if "model" not in checkpoint:
             checkpoint = {"model": checkpoint}
-        model = convert_names(checkpoint["model"], self.naming)
-        if not model.keys() & self.model.state_dict().keys():
+        names = self.model.state_dict().keys()
+        has_fpn = any(name.startswith(_FPN_NAMES) for name in names)
+        model = convert_names(checkpoint["model"], self.naming, has_fpn=has_fpn)
+        if not model.keys() & names:
             raise ValueError(
                 f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
                 "to this model"

@@ -20,10 +20,19 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     node = type(cfg)  # Detectron2 checks that children are of its own CfgNode class
 
     gs = cfg.MODEL.GROUP_SAMPLING = node()
-    # "group": N samples of every scale (Sec. 4.2). "uniform": MODEL.RPN.BATCH_SIZE_PER_IMAGE samples over all anchors.
+    # Which anchors the loss sees. "group": N of every scale (Sec. 4.2). "uniform": MODEL.RPN.BATCH_SIZE_PER_IMAGE over
+    # all anchors. "ohem": the MODEL.RPN.BATCH_SIZE_PER_IMAGE with the highest losses. "focal": all, in the focal
+    # loss with MODEL.RETINANET.FOCAL_LOSS_ALPHA and _GAMMA, the head starting from RETINANET.PRIOR_PROB (both Table 4).
     gs.SAMPLER = "group"
     # N of every scale, positives and negatives together (Sec. 6.2, Fig. 4: accuracy saturates at 2,048).
     gs.SAMPLES_PER_GROUP = 2048
+    # Which proposals the second stage sees, with MODEL.ROI_HEADS.NAME GroupedROIHeads (Table 5). "group": N of every
+    # scale, a proposal being of the anchor scale nearest to its size. "uniform": ROI_HEADS.BATCH_SIZE_PER_IMAGE of all.
+    gs.ROI_SAMPLER = "uniform"
+    gs.ROI_SAMPLES_PER_GROUP = 128  # of four scales: the 512 of ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    # Empty, or for FPN-finest-stride (Table 1): a stride in pixels for each of MODEL.ANCHOR_GENERATOR.SIZES[0], whose
+    # anchors then sit on that sub-sampling of the single feature in MODEL.RPN.IN_FEATURES.
+    gs.ANCHOR_STRIDES = ()
     # Which anchors the second matching pass promotes for a face without a positive (Sec. 4.1): "all", "best" or "none".
     gs.SECOND_PASS = "all"
     # A negative anchor whose area lies in one ignore region (WIDER FACE "invalid") by this share is not sampled.
@@ -51,3 +60,15 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
 
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
     cfg.TEST.WIDER_GROUND_TRUTH = ""
+
+    # Multi-scale test on an image pyramid (evaluation/pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
+    # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
+    pyramid = cfg.TEST.PYRAMID = node()
+    pyramid.SCALES = ()
+    pyramid.FLIP = False  # every scale also mirrored
+    # The paper's test has sides of at most 3,000 pixels. Larger scaled images are cut into tiles that overlap by
+    # TILE_OVERLAP pixels: a face smaller than the overlap is found whole.
+    pyramid.MAX_SIDE = 3000
+    pyramid.TILE_OVERLAP = 256
+    # Box voting over boxes of this IoU or more; 0: none. Not in the paper.
+    pyramid.VOTE_THRESH = 0.0

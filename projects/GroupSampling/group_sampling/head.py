@@ -1,7 +1,14 @@
 """The prediction head shared by all levels and both engines."""
 
+import math
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .inference import flatten_predictions
+from .targets import Predict, predict_from
 
 
 class SoftmaxRPNHead(nn.Module):
@@ -13,29 +20,110 @@ class SoftmaxRPNHead(nn.Module):
     parameters are those of the two-way classifier.
     """
 
-    def __init__(self, in_channels: int, num_anchors: int):
-        """``num_anchors``: anchors per cell, equal on all levels."""
+    def __init__(
+        self, in_channels: int, num_anchors: int, *, steps: Sequence[int] = (), face_prior: float | None = None
+    ):
+        """
+        Args:
+            num_anchors: anchors per cell, equal on all levels.
+            steps: empty, or for FPN-finest-stride: of the single feature, the anchors are split into len(steps) levels
+                of equally many, and level i has them in every steps[i]-th row and column of cells only.
+            face_prior: probability of a face that a fresh head predicts; None: 1/2. Focal loss starts from a small one.
+        """
         super().__init__()
+        self.num_anchors = num_anchors
+        self.steps = tuple(steps)
         self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
         self.cls_logits = nn.Conv2d(in_channels, 2 * num_anchors, kernel_size=1)
         self.bbox_pred = nn.Conv2d(in_channels, 4 * num_anchors, kernel_size=1)
         for layer in (self.conv, self.cls_logits, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        if face_prior is not None:
+            nn.init.constant_(self.cls_logits.bias[num_anchors:], math.log(face_prior / (1 - face_prior)))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
         Args:
-            features: per level (B, C, H, W).
+            features: per level (B, C, H, W); a single one if there are ``steps``.
 
         Returns:
             logits: per level (B, A, H, W), face logit minus background logit.
             deltas: per level (B, 4 * A, H, W), four consecutive channels per anchor.
         """
+        weight, bias = self._output_layer()
         logits, deltas = [], []
         for feature in features:
             hidden = F.relu(self.conv(feature))
-            background, face = self.cls_logits(hidden).chunk(2, dim=1)
-            logits.append(face - background)
-            deltas.append(self.bbox_pred(hidden))
+            for first, last, step in self._levels():
+                outputs = F.conv2d(
+                    hidden[:, :, ::step, ::step],
+                    weight[first:last].flatten(0, 1)[:, :, None, None],
+                    bias[first:last].flatten(),
+                ).unflatten(1, (-1, 5))
+                logits.append(outputs[:, :, 0])
+                deltas.append(outputs[:, :, 1:].flatten(1, 2))
         return logits, deltas
+
+    def predictor(self, features: list[Tensor]) -> Predict:
+        """Predictions on demand: a training step that draws a few anchors evaluates the head at their cells alone.
+
+        The values and gradients are those of :meth:`forward` up to rounding, for a fraction of its work.
+        """
+
+        def predict(index: Tensor | None) -> tuple[Tensor, Tensor]:
+            num_cells = sum(feature.shape[-2] * feature.shape[-1] for feature in features)
+            if index is None or 2 * index.shape[1] > num_cells:
+                return predict_from(*flatten_predictions(*self(features)))(index)
+            return self._predict_at(features, index)
+
+        return predict
+
+    def _predict_at(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) and (B, K, 4) predictions of the anchors ``index`` (B, K), in the order of ``AnchorGrid.boxes``."""
+        # All levels as one table of cells, each with its border of zeros; the rows of the nine cells around an anchor.
+        tables, rows, anchor = [], torch.zeros_like(index), torch.zeros_like(index)
+        row_step = torch.zeros_like(index)
+        image = torch.arange(len(index), device=index.device)[:, None]
+        start = table_start = 0
+        for feature in features:
+            height, width = feature.shape[-2:]
+            tables.append(F.pad(feature, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(0, 2))
+            for first, last, step in self._levels():
+                inside = index >= start
+                level_height, level_width = -(-height // step), -(-width // step)
+                cell = (index - start) // (last - first)
+                y, x = step * (cell // level_width), step * (cell % level_width)
+                row = table_start + (image * (height + 2) + y) * (width + 2) + x
+                rows = torch.where(inside, row, rows)
+                row_step = torch.where(inside, width + 2, row_step)
+                anchor = torch.where(inside, first + (index - start) % (last - first), anchor)
+                start += (last - first) * level_height * level_width
+            table_start += len(tables[-1])
+        rows = torch.stack([rows + dy * row_step + dx for dy in range(3) for dx in range(3)], dim=-1)
+        # The gradient of an embedding is summed in a fixed order on every device, unlike that of index_select.
+        patches = F.embedding(rows, torch.cat(tables) if len(tables) > 1 else tables[0]).flatten(2)
+        kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)
+        hidden = F.relu(F.linear(patches, kernel, self.conv.bias))
+        weight, bias = self._output_layer()
+        outputs = F.linear(hidden, weight.flatten(0, 1), bias.flatten()).unflatten(2, (-1, 5))
+        outputs = outputs.gather(2, anchor[..., None, None].expand(-1, -1, 1, 5)).squeeze(2)
+        return outputs[..., 0], outputs[..., 1:]
+
+    def _levels(self) -> list[tuple[int, int, int]]:
+        """(first anchor, one past the last, step) of the levels that one feature has."""
+        if not self.steps:
+            return [(0, self.num_anchors, 1)]
+        count = self.num_anchors // len(self.steps)
+        return [(i * count, (i + 1) * count, step) for i, step in enumerate(self.steps)]
+
+    def _output_layer(self) -> tuple[Tensor, Tensor]:
+        """The two 1x1 convolutions as one: (A, 5, C) and (A, 5), of each anchor the logit difference and the deltas."""
+        cls_weight = self.cls_logits.weight.view(2, self.num_anchors, 1, -1)
+        cls_bias = self.cls_logits.bias.view(2, self.num_anchors, 1)
+        box_weight = self.bbox_pred.weight.view(self.num_anchors, 4, -1)
+        box_bias = self.bbox_pred.bias.view(self.num_anchors, 4)
+        return (
+            torch.cat([cls_weight[1] - cls_weight[0], box_weight], dim=1),
+            torch.cat([cls_bias[1] - cls_bias[0], box_bias], dim=1),
+        )

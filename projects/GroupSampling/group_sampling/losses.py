@@ -3,6 +3,8 @@
 ``iou_l2`` is ‖1 − IoU‖² (Eq. 2); ``iou_log`` is UnitBox's −ln IoU and ``smooth_l1`` acts on the deltas (both Table 3).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,14 @@ BOX_LOSSES = ("iou_l2", "iou_log", "smooth_l1")
 MIN_IOU = 1e-6
 
 
-def box_loss(kind: str, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, smooth_l1_beta: float = 0.0) -> Tensor:
+def box_loss(
+    kind: str,
+    deltas: Tensor,
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    smooth_l1_beta: float = 0.0,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+) -> Tensor:
     """Regression loss of each predicted box (Sec. 4.3 and Table 3).
 
     Args:
@@ -23,6 +32,7 @@ def box_loss(kind: str, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, smoot
         deltas: (..., 4) predicted deltas, see :func:`group_sampling.boxes.decode_boxes`.
         anchors, gt_boxes: (..., 4) XYXY in input pixels.
         smooth_l1_beta: where smooth-L1 turns from quadratic to linear; 0 is plain L1.
+        weights: what the head predicts are the deltas times these four factors (Fast R-CNN: 10, 10, 5, 5).
 
     Returns:
         (...) loss per box: IoU losses from the decoded box, smooth-L1 summed over the four deltas.
@@ -31,10 +41,13 @@ def box_loss(kind: str, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, smoot
         ValueError: unknown ``kind``.
     """
     if kind == "smooth_l1":
-        targets = encode_boxes(gt_boxes, anchors)
+        targets = torch.stack(
+            [target * weight for target, weight in zip(encode_boxes(gt_boxes, anchors).unbind(-1), weights)], dim=-1
+        )
         return F.smooth_l1_loss(deltas, targets, beta=smooth_l1_beta, reduction="none").sum(dim=-1)
     if kind not in BOX_LOSSES:
         raise ValueError(f"box_loss: kind must be one of {BOX_LOSSES}, got {kind!r}")
+    deltas = torch.stack([delta / weight for delta, weight in zip(deltas.unbind(-1), weights)], dim=-1)
     iou = paired_iou(decode_boxes(deltas, anchors), gt_boxes)
     if kind == "iou_l2":
         return (1 - iou) ** 2

@@ -4,18 +4,21 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import yaml
 from fvcore.common.config import CfgNode
+from torch import Tensor
 
+from ..anchors import AnchorGrid
 from ..config import ConfigError
 from ..data.catalog import load_dataset, require_dataset
 from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
-from ..evaluation import WiderFaceAP, write_predictions
+from ..evaluation.pyramid import ImagePyramid
 from ..targets import AnchorCriterion, AnchorSampler
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,11 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}')
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(f'INPUT.FORMAT must be "RGB", as torchvision\'s weights expect, got {cfg.INPUT.FORMAT!r}')
+    if cfg.TEST.PYRAMID.SCALES:
+        try:
+            build_pyramid(cfg)
+        except ValueError as error:
+            raise ConfigError(f"TEST.PYRAMID: {error}") from None
     if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
 
@@ -139,6 +147,95 @@ def resolve_seed(cfg: CfgNode, keep: bool, shared_random_seed: Callable[[], int]
         cfg.SEED = shared_random_seed()
 
 
+@dataclass(frozen=True)
+class AnchorLayout:
+    """Which anchors a detector has, level by level, whatever the image size.
+
+    Attributes:
+        sizes, aspect_ratios: per level, square roots of the anchor areas in pixels and height / width.
+        strides: per level, pixels from one cell to the next.
+        steps: empty: level i is the i-th feature. Else all levels are of one feature, and level i has anchors in every
+            ``steps[i]``-th row and column of its cells (FPN-finest-stride).
+    """
+
+    sizes: tuple[tuple[float, ...], ...]
+    aspect_ratios: tuple[tuple[float, ...], ...]
+    strides: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, feature_strides: Sequence[int]) -> "AnchorLayout":
+        """
+        Args:
+            feature_strides: of MODEL.RPN.IN_FEATURES.
+
+        Raises:
+            ConfigError: sizes, ratios or strides do not fit the features.
+        """
+        generator, strides = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.GROUP_SAMPLING.ANCHOR_STRIDES
+        if not strides:
+            count = len(feature_strides)
+            sizes = _per_level(generator.SIZES, count, "SIZES")
+            return cls(sizes, _per_level(generator.ASPECT_RATIOS, count, "ASPECT_RATIOS"), tuple(feature_strides))
+        if len(feature_strides) != 1 or len(generator.SIZES) != 1 or len(generator.SIZES[0]) != len(strides):
+            raise ConfigError(
+                f"MODEL.GROUP_SAMPLING.ANCHOR_STRIDES is {strides}, but needs one feature in MODEL.RPN.IN_FEATURES "
+                f"(got {cfg.MODEL.RPN.IN_FEATURES}) and one stride for each size of MODEL.ANCHOR_GENERATOR.SIZES "
+                f"{generator.SIZES}"
+            )
+        if any(stride % feature_strides[0] or stride <= 0 for stride in strides):
+            raise ConfigError(
+                f"MODEL.GROUP_SAMPLING.ANCHOR_STRIDES is {strides}, but must be multiples of the stride "
+                f"{feature_strides[0]} of {cfg.MODEL.RPN.IN_FEATURES}"
+            )
+        return cls(
+            tuple((size,) for size in generator.SIZES[0]),
+            _per_level(generator.ASPECT_RATIOS, len(strides), "ASPECT_RATIOS"),
+            tuple(strides),
+            tuple(stride // feature_strides[0] for stride in strides),
+        )
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Outputs of the head for a cell.
+
+        Raises:
+            ConfigError: the levels, which share the head, differ in it.
+        """
+        counts = {len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios)}
+        if len(counts) != 1:
+            raise ConfigError(
+                "The head is shared by all levels of MODEL.RPN.IN_FEATURES, which must agree in anchors per cell "
+                f"(found {sorted(counts)})"
+            )
+        return counts.pop() * max(len(self.steps), 1)
+
+    def level_sizes(self, feature_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Per level (height, width) in cells that have anchors, of features (height, width) in cells."""
+        if not self.steps:
+            return list(feature_sizes)
+        ((height, width),) = feature_sizes
+        return [(-(-height // step), -(-width // step)) for step in self.steps]
+
+    def grid(self, feature_sizes: Sequence[tuple[int, int]], cell_anchors: Sequence[Tensor]) -> AnchorGrid:
+        """The anchors of features (height, width) in cells; ``cell_anchors`` are each level's (A, 4) base boxes."""
+        return AnchorGrid.from_cell_anchors(cell_anchors, self.strides, self.level_sizes(feature_sizes))
+
+
+def _per_level(values: Sequence[Sequence[float]], num_levels: int, key: str) -> tuple[tuple[float, ...], ...]:
+    if len(values) not in (1, num_levels):
+        raise ConfigError(
+            f"MODEL.ANCHOR_GENERATOR.{key} must have one entry, or one for each of the {num_levels} levels of "
+            f"MODEL.RPN.IN_FEATURES, got {values}"
+        )
+    return tuple(tuple(level) for level in values) * (num_levels // len(values))
+
+
+def face_prior(cfg: CfgNode) -> float | None:
+    """What a fresh head predicts: focal loss needs the small probability of its paper, else 1/2 (None)."""
+    return cfg.MODEL.RETINANET.PRIOR_PROB if cfg.MODEL.GROUP_SAMPLING.SAMPLER == "focal" else None
+
+
 def build_criterion(cfg: CfgNode) -> AnchorCriterion:
     rpn, gs = cfg.MODEL.RPN, cfg.MODEL.GROUP_SAMPLING
     neg_iou, pos_iou = rpn.IOU_THRESHOLDS
@@ -152,7 +249,13 @@ def build_criterion(cfg: CfgNode) -> AnchorCriterion:
         ignore_ioa=gs.IGNORE_IOA,
         seed=cfg.SEED,
     )
-    return AnchorCriterion(sampler, box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA)
+    return AnchorCriterion(
+        sampler,
+        box_loss_type=rpn.BBOX_REG_LOSS_TYPE,
+        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+        focal_alpha=cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
+        focal_gamma=cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
+    )
 
 
 def build_train_transform(cfg: CfgNode) -> TrainTransform:
@@ -165,7 +268,25 @@ def build_train_transform(cfg: CfgNode) -> TrainTransform:
 
 
 def build_test_transform(cfg: CfgNode) -> TestTransform:
+    """The resize of the images of a test; with ``TEST.PYRAMID`` they keep their size, since the pyramid resizes."""
+    if cfg.TEST.PYRAMID.SCALES:
+        return TestTransform(0, 0)
     return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def build_pyramid(cfg: CfgNode) -> ImagePyramid:
+    """The image pyramid of ``TEST.PYRAMID``."""
+    pyramid = cfg.TEST.PYRAMID
+    return ImagePyramid(
+        TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        pyramid.SCALES,
+        flip=pyramid.FLIP,
+        max_side=pyramid.MAX_SIDE,
+        tile_overlap=pyramid.TILE_OVERLAP,
+        nms_thresh=cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
+        vote_thresh=pyramid.VOTE_THRESH,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
 
 
 def load_records(cfg: CfgNode, names: Sequence[str]) -> list[ImageRecord]:
@@ -196,34 +317,3 @@ def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: in
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
     )
-
-
-def evaluate_detections(
-    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, tuple]
-) -> dict[str, float]:
-    """Score a data set's detections and write them, the AP table, JSON and PR curves under ``OUTPUT_DIR/inference``.
-
-    Args:
-        records: the images of ``dataset_name``.
-        detections: image_id -> (boxes (k, 4) XYXY in pixels of the original image, scores (k,), anchor_scales (k,)).
-
-    Returns:
-        AP in percent: ``AP_all``, ``AP@16``, ..., and ``AP_easy``, ``AP_medium``, ``AP_hard`` with the official files.
-    """
-    scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
-    if cfg.TEST.WIDER_GROUND_TRUTH:
-        metric = WiderFaceAP.from_official(cfg.TEST.WIDER_GROUND_TRUTH, scales=scales)
-    else:
-        metric = WiderFaceAP.from_records(records, scales=scales)
-    for image_id, (boxes, scores, anchor_scales) in detections.items():
-        metric.update(image_id, boxes, scores, anchor_scales)
-    result = metric.compute()
-
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-    os.makedirs(folder, exist_ok=True)
-    for image_id, (boxes, scores, _) in detections.items():
-        write_predictions(os.path.join(folder, "predictions"), image_id, boxes, scores)
-    result.to_json(os.path.join(folder, "results.json"))
-    result.plot(os.path.join(folder, "pr_curves.png"))
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
-    return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}

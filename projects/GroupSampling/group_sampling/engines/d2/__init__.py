@@ -6,22 +6,27 @@ Importing it registers its backbone, anchor generator, head, RPN, ROI heads, met
 from ...config import add_group_sampling_config
 from .backbone import BilinearFPN, build_group_sampling_fpn_backbone
 from .data import GroupSamplingMapper, register_datasets
-from .evaluator import WiderFaceEvaluator
+from .evaluator import GroupSamplingEvaluator
 from .rcnn import GroupSamplingRCNN, ProposalDetections
+from .roi_heads import GroupedFastRCNNOutputLayers, GroupedROIHeads
 from .rpn import GroupedAnchorGenerator, GroupSamplingRPN, SoftmaxRPNHead
 from .train import GroupSamplingCheckpointer, Trainer
+from .tta import GroupSamplingTTA
 
 __all__ = [
     "BilinearFPN",
     "GroupSamplingCheckpointer",
+    "GroupSamplingEvaluator",
     "GroupSamplingMapper",
     "GroupSamplingRCNN",
     "GroupSamplingRPN",
+    "GroupSamplingTTA",
     "GroupedAnchorGenerator",
+    "GroupedFastRCNNOutputLayers",
+    "GroupedROIHeads",
     "ProposalDetections",
     "SoftmaxRPNHead",
     "Trainer",
-    "WiderFaceEvaluator",
     "add_group_sampling_config",
     "build_group_sampling_fpn_backbone",
     "register_datasets",

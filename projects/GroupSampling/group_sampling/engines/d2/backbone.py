@@ -60,8 +60,9 @@ class BilinearFPN(FPN):
 _NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
-def _build_resnet(cfg, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet; R18 and R34 of any width, which Detectron2's builder only makes 64 channels wide."""
+@BACKBONE_REGISTRY.register()
+def build_group_sampling_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
+    """Detectron2's ResNet; R18 and R34 of any width, which ``build_resnet_backbone`` only makes 64 channels wide."""
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in (18, 34) or resnets.RES2_OUT_CHANNELS == 64:
         return build_resnet_backbone(cfg, input_shape)
@@ -89,7 +90,7 @@ def build_group_sampling_fpn_backbone(cfg, input_shape: ShapeSpec) -> BilinearFP
     if cfg.MODEL.ROI_HEADS.NAME != SINGLE_STAGE_HEADS:
         out_features |= set(cfg.MODEL.ROI_HEADS.IN_FEATURES)
     return BilinearFPN(
-        _build_resnet(cfg, input_shape),
+        build_group_sampling_resnet_backbone(cfg, input_shape),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_features=sorted(out_features),
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,

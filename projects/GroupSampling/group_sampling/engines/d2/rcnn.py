@@ -7,11 +7,12 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ...inference import Proposals, proposals_to_detections
+from .roi_heads import GroupedROIHeads
 
 
 @META_ARCH_REGISTRY.register()
 class GroupSamplingRCNN(GeneralizedRCNN):
-    """``GeneralizedRCNN`` that hands the ignore regions of the images to its proposal generator.
+    """``GeneralizedRCNN`` that hands the ignore regions of the images to its proposal generator and grouped ROI heads.
 
     Inputs are those of ``GeneralizedRCNN``, and while training optionally ``ignore_boxes`` (``Boxes``) for each image.
     Every detection has ``pred_boxes``, ``scores``, ``pred_classes`` and ``anchor_scales``.
@@ -28,7 +29,8 @@ class GroupSamplingRCNN(GeneralizedRCNN):
         ]
         features = self.backbone(images.tensor)
         proposals, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes)
-        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
+        more = (ignore_boxes,) if isinstance(self.roi_heads, GroupedROIHeads) else ()
+        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances, *more)
         return {**losses, **detector_losses}
 
 

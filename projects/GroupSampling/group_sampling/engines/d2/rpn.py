@@ -1,9 +1,11 @@
 """Detectron2's RPN with the anchors, samples and losses of the paper."""
 
+from collections.abc import Sequence
+
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, PROPOSAL_GENERATOR_REGISTRY, RPN_HEAD_REGISTRY
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from ... import head
 from ...anchors import AnchorGrid
+from ...config import ConfigError
 from ...inference import flatten_predictions, select_proposals
-from ...targets import AnchorCriterion
-from ..common import SINGLE_STAGE_HEADS, build_criterion
+from ...targets import AnchorCriterion, predict_from
+from ..common import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, face_prior
 
 # The numbers of drawn samples are read back from the device this often (in iterations), not every time.
 LOG_PERIOD = 20
@@ -21,18 +24,31 @@ LOG_PERIOD = 20
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class GroupedAnchorGenerator(DefaultAnchorGenerator):
-    """``DefaultAnchorGenerator`` that also knows which anchors are of one scale (Sec. 4.2)."""
+    """``DefaultAnchorGenerator`` that also knows which anchors are of one scale (Sec. 4.2).
 
-    def _calculate_anchors(self, sizes, aspect_ratios):
-        buffers = super()._calculate_anchors(sizes, aspect_ratios)
-        self._base_boxes = [boxes.clone() for boxes in buffers]  # stay on the CPU, so that grid() waits for no GPU
-        return buffers
+    With ``MODEL.GROUP_SAMPLING.ANCHOR_STRIDES`` the anchors of every size sit on their own sub-sampling of one feature.
+    """
+
+    @configurable
+    def __init__(self, *, layout: AnchorLayout, offset: float = 0.0):
+        super().__init__(sizes=layout.sizes, aspect_ratios=layout.aspect_ratios, strides=layout.strides, offset=offset)
+        self.layout = layout
+        # On the CPU, so that grid() waits for no GPU.
+        self._base_boxes = [boxes.clone() for boxes in self.cell_anchors]
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        layout = AnchorLayout.from_config(cfg, [shape.stride for shape in input_shape])
+        return {"layout": layout, "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET}
 
     def grid(self, features: list[Tensor]) -> AnchorGrid:
         """The anchors of ``features`` (per level (B, C, H, W)) as lattices, in the order of :meth:`forward`."""
-        return AnchorGrid.from_cell_anchors(
-            self._base_boxes, self.strides, [f.shape[-2:] for f in features], offset=self.offset
-        )
+        return self.layout.grid([f.shape[-2:] for f in features], self._base_boxes)
+
+    def forward(self, features: list[Tensor]) -> list[Boxes]:
+        """Per level, its anchors in the order of rows, columns and base boxes."""
+        sizes = self.layout.level_sizes([f.shape[-2:] for f in features])
+        return [Boxes(boxes) for boxes in self._grid_anchors(sizes)]
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -40,19 +56,26 @@ class SoftmaxRPNHead(head.SoftmaxRPNHead):
     """:class:`group_sampling.head.SoftmaxRPNHead`, built from a config."""
 
     @configurable
-    def __init__(self, *, in_channels: int, num_anchors: int):
-        super().__init__(in_channels, num_anchors)
+    def __init__(
+        self, *, in_channels: int, num_anchors: int, steps: Sequence[int] = (), face_prior: float | None = None
+    ):
+        super().__init__(in_channels, num_anchors, steps=steps, face_prior=face_prior)
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        num_anchors = set(build_anchor_generator(cfg, input_shape).num_anchors)
+        layout = AnchorLayout.from_config(cfg, [shape.stride for shape in input_shape])
         channels = {shape.channels for shape in input_shape}
-        if len(num_anchors) != 1 or len(channels) != 1:
-            raise ValueError(
-                "SoftmaxRPNHead is shared by all levels, which must agree in anchors per cell (found "
-                f"{sorted(num_anchors)}) and channels (found {sorted(channels)})"
+        if len(channels) != 1:
+            raise ConfigError(
+                "The head is shared by all levels of MODEL.RPN.IN_FEATURES, which must agree in channels (found "
+                f"{sorted(channels)})"
             )
-        return {"in_channels": channels.pop(), "num_anchors": num_anchors.pop()}
+        return {
+            "in_channels": channels.pop(),
+            "num_anchors": layout.anchors_per_cell,
+            "steps": layout.steps,
+            "face_prior": face_prior(cfg),
+        }
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -99,13 +122,17 @@ class GroupSamplingRPN(RPN):
         """
         features = [features[f] for f in self.in_features]
         grid = self.anchor_generator.grid(features)
-        logits, deltas = flatten_predictions(*self.rpn_head(features))
+        if self.training and gt_instances is None:
+            raise ValueError("GroupSamplingRPN needs gt_instances while training")
+        if self.training and self.single_stage and isinstance(self.rpn_head, head.SoftmaxRPNHead):
+            predict = self.rpn_head.predictor(features)
+            losses = self._losses(grid, predict, gt_instances, ignore_boxes)
+            return [Instances(size) for size in images.image_sizes], losses
 
+        logits, deltas = flatten_predictions(*self.rpn_head(features))
         losses = {}
         if self.training:
-            if gt_instances is None:
-                raise ValueError("GroupSamplingRPN needs gt_instances while training")
-            losses = self._losses(grid, logits, deltas, gt_instances, ignore_boxes)
+            losses = self._losses(grid, predict_from(logits, deltas), gt_instances, ignore_boxes)
             if self.single_stage:
                 return [Instances(size) for size in images.image_sizes], losses
         selected = select_proposals(
@@ -126,12 +153,11 @@ class GroupSamplingRPN(RPN):
             proposals.append(proposal)
         return proposals, losses
 
-    def _losses(self, grid, logits, deltas, gt_instances, ignore_boxes) -> dict[str, Tensor]:
+    def _losses(self, grid, predict, gt_instances, ignore_boxes) -> dict[str, Tensor]:
         storage = get_event_storage()
         result = self.criterion(
             grid,
-            logits,
-            deltas,
+            predict,
             [x.gt_boxes.tensor for x in gt_instances],
             None if ignore_boxes is None else [x.tensor for x in ignore_boxes],
             iteration=storage.iter,
@@ -140,5 +166,8 @@ class GroupSamplingRPN(RPN):
             for name, counts in (("num_pos", result.num_pos), ("num_neg", result.num_neg)):
                 for scale, count in zip(grid.scales, counts.tolist()):
                     storage.put_scalar(f"rpn/{name}@{scale:g}", count)
+        seconds = self.criterion.sampler.timer.seconds
+        if seconds is not None:
+            storage.put_scalar("time_assign", seconds)
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}

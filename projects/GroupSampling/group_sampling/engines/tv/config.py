@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from fvcore.common.config import CfgNode
 
 from ...config import add_group_sampling_config
+from ...losses import BOX_LOSSES
 from ..common import SINGLE_STAGE_HEADS, ConfigError, check_config, check_values, merge_config
 
 FPN_BACKBONE = "build_group_sampling_fpn_backbone"
-RESNET_BACKBONE = "build_resnet_backbone"
+GROUPED_HEADS = "GroupedROIHeads"
+RESNET_BACKBONES = ("build_group_sampling_resnet_backbone", "build_resnet_backbone")
 
 _DEFAULTS = {
     "VERSION": 2,
@@ -60,7 +62,36 @@ _DEFAULTS = {
             "NMS_THRESH": 0.7,
             "CONV_DIMS": [-1],
         },
-        "ROI_HEADS": {"NAME": "Res5ROIHeads", "NUM_CLASSES": 80, "SCORE_THRESH_TEST": 0.05, "NMS_THRESH_TEST": 0.5},
+        "RETINANET": {"FOCAL_LOSS_ALPHA": 0.25, "FOCAL_LOSS_GAMMA": 2.0, "PRIOR_PROB": 0.01},
+        "ROI_HEADS": {
+            "NAME": "Res5ROIHeads",
+            "NUM_CLASSES": 80,
+            "IN_FEATURES": ["res4"],
+            "IOU_THRESHOLDS": [0.5],
+            "IOU_LABELS": [0, 1],
+            "BATCH_SIZE_PER_IMAGE": 512,
+            "POSITIVE_FRACTION": 0.25,
+            "PROPOSAL_APPEND_GT": True,
+            "SCORE_THRESH_TEST": 0.05,
+            "NMS_THRESH_TEST": 0.5,
+        },
+        "ROI_BOX_HEAD": {
+            "NAME": "",
+            "BBOX_REG_LOSS_TYPE": "smooth_l1",
+            "BBOX_REG_LOSS_WEIGHT": 1.0,
+            "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
+            "SMOOTH_L1_BETA": 0.0,
+            "POOLER_TYPE": "ROIAlignV2",
+            "POOLER_RESOLUTION": 14,
+            "POOLER_SAMPLING_RATIO": 0,
+            "NUM_FC": 0,
+            "FC_DIM": 1024,
+            "NUM_CONV": 0,
+            "CLS_AGNOSTIC_BBOX_REG": False,
+            "TRAIN_ON_PRED_BOXES": False,
+            "USE_FED_LOSS": False,
+            "USE_SIGMOID_CE": False,
+        },
     },
     "INPUT": {
         "MIN_SIZE_TEST": 800,
@@ -101,7 +132,7 @@ _ALLOWED = {
     "MODEL.MASK_ON": (False,),
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False,),
-    "MODEL.BACKBONE.NAME": (FPN_BACKBONE, RESNET_BACKBONE),
+    "MODEL.BACKBONE.NAME": (FPN_BACKBONE, *RESNET_BACKBONES),
     "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101),
     "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "GN"),
@@ -114,11 +145,26 @@ _ALLOWED = {
     "MODEL.RPN.BOUNDARY_THRESH": (-1,),
     "MODEL.RPN.BBOX_REG_WEIGHTS": ((1.0, 1.0, 1.0, 1.0),),
     "MODEL.RPN.CONV_DIMS": ([-1],),
-    "MODEL.ROI_HEADS.NAME": (SINGLE_STAGE_HEADS,),
-    "MODEL.ROI_HEADS.NUM_CLASSES": (1,),
+    "MODEL.ROI_HEADS.NAME": (SINGLE_STAGE_HEADS, GROUPED_HEADS),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR",),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "VIS_PERIOD": (0,),
+}
+
+# The same by MODEL.ROI_HEADS.NAME.
+_ALLOWED_HEADS = {
+    SINGLE_STAGE_HEADS: {"MODEL.ROI_HEADS.NUM_CLASSES": (1,)},
+    GROUPED_HEADS: {
+        "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2",),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),  # torchvision's TwoMLPHead
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False,),
+        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
+        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
+    },
 }
 
 
@@ -146,9 +192,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if isinstance(error.__cause__, (KeyError, AssertionError)):  # an unknown key
             raise ConfigError(f"{error} If it is one of Detectron2's, --engine detectron2 may know it.") from error
         raise
-    check_values(cfg, _ALLOWED, "the torchvision engine supports nothing else; --engine detectron2 may")
+    reason = "the torchvision engine supports nothing else; --engine detectron2 may"
+    check_values(cfg, _ALLOWED, reason)
+    check_values(cfg, _ALLOWED_HEADS[cfg.MODEL.ROI_HEADS.NAME], f"with {cfg.MODEL.ROI_HEADS.NAME}, {reason}")
     check_config(cfg)
     _check_resnet(cfg.MODEL)
+    _check_roi_features(cfg.MODEL)
     return cfg
 
 
@@ -177,4 +226,13 @@ def _check_resnet(model: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, but torchvision's Bottleneck needs a "
             f"multiple of 4 that divides 256 * MODEL.RESNETS.WIDTH_PER_GROUP = {256 * resnets.WIDTH_PER_GROUP}"
+        )
+
+
+def _check_roi_features(model: CfgNode) -> None:
+    features = model.ROI_HEADS.IN_FEATURES
+    if model.ROI_HEADS.NAME == GROUPED_HEADS and (len(features) != 1 or features[0] not in model.RPN.IN_FEATURES):
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.IN_FEATURES is {features}, but the torchvision engine pools from a single feature, which "
+            f"must be one of MODEL.RPN.IN_FEATURES {model.RPN.IN_FEATURES}; --engine detectron2 takes several"
         )

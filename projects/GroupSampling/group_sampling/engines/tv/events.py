@@ -49,7 +49,8 @@ def logging_to(folder: str, rank: int) -> Iterator[None]:
 class MetricWriter:
     """Collects the scalars of every iteration and writes them every :data:`LOG_PERIOD` iterations.
 
-    Losses and times are medians over that period, as Detectron2 writes them, sample counts ("rpn/...") means.
+    Losses and times are medians over that period, as Detectron2 writes them; sample counts, "rpn/..." and "roi/...",
+    are means.
     """
 
     def __init__(self, folder: str, start_iter: int, max_iter: int):
@@ -62,13 +63,13 @@ class MetricWriter:
         self._times: deque[float] = deque(maxlen=1000)
 
     def step(self, iteration: int, scalars: dict[str, float], lr: float) -> None:
-        """Take in the scalars of an iteration: "time" and "data_time" in seconds, losses, counts."""
+        """Take in the scalars of an iteration: "time", "data_time", ... in seconds, losses, counts."""
         self._times.append(scalars["time"])
         for name, value in scalars.items():
             self._window[name].append(value)
         if (iteration + 1) % LOG_PERIOD and iteration + 1 < self._max_iter:
             return
-        smooth = {n: fmean(v) if n.startswith("rpn/") else median(v) for n, v in self._window.items()}
+        smooth = {n: fmean(v) if n.startswith(("rpn/", "roi/")) else median(v) for n, v in self._window.items()}
         self._window.clear()
         eta = median(self._times) * (self._max_iter - iteration - 1)
         self.write(iteration, {**smooth, "lr": lr, "eta_seconds": eta})

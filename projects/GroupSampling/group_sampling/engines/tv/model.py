@@ -22,9 +22,10 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from ...anchors import AnchorGrid, cell_anchors
 from ...head import SoftmaxRPNHead
 from ...inference import Proposals, flatten_predictions, proposals_to_detections, select_proposals
-from ...targets import AnchorCriterion
-from ..common import ConfigError, build_criterion
+from ...targets import AnchorCriterion, Predict, predict_from
+from ..common import SINGLE_STAGE_HEADS, AnchorLayout, ConfigError, build_criterion, face_prior
 from .config import FPN_BACKBONE
+from .roi_heads import build_grouped_roi_heads
 
 NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -171,26 +172,18 @@ class Backbone(nn.Module):
 
 
 class GroupedAnchorGenerator(AnchorGenerator):
-    """``AnchorGenerator`` with Detectron2's base boxes and known strides, that knows which anchors are of one scale.
+    """``AnchorGenerator`` with Detectron2's base boxes and known strides, that knows which anchors are of one scale."""
 
-    Args:
-        sizes: per level, square roots of the anchor areas in pixels.
-        aspect_ratios: per level, height / width.
-        strides: per level, pixels from one cell to the next.
-    """
-
-    def __init__(
-        self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[Sequence[float]], strides: Sequence[int]
-    ):
-        super().__init__(sizes, aspect_ratios)
-        self.strides = tuple(strides)
+    def __init__(self, layout: AnchorLayout):
+        super().__init__(layout.sizes, layout.aspect_ratios)
+        self.layout = layout
 
     def generate_anchors(self, scales: Sequence[float], aspect_ratios: Sequence[float], *args, **kwargs) -> Tensor:
         return cell_anchors(scales, aspect_ratios)
 
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """The anchors of ``features``, per level (B, C, H, W), as lattices."""
-        return AnchorGrid.from_cell_anchors(self.cell_anchors, self.strides, [f.shape[-2:] for f in features])
+        return self.layout.grid([f.shape[-2:] for f in features], self.cell_anchors)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Per image, the (n, 4) anchors of all levels."""
@@ -207,6 +200,7 @@ class GroupSamplingRPN(RegionProposalNetwork):
         criterion: draws the anchors and computes their losses.
         loss_weights: factors of "loss_rpn_cls" and "loss_rpn_loc".
         min_size: proposals with a side not longer than this many pixels are left out.
+        single_stage: the proposals are the detections, so none are computed while training.
         kwargs: as for ``RegionProposalNetwork``.
 
     Attributes:
@@ -215,8 +209,17 @@ class GroupSamplingRPN(RegionProposalNetwork):
             the mean number of anchors drawn per image.
     """
 
-    def __init__(self, *args, criterion: AnchorCriterion, loss_weights: dict[str, float], min_size: float, **kwargs):
+    def __init__(
+        self,
+        *args,
+        criterion: AnchorCriterion,
+        loss_weights: dict[str, float],
+        min_size: float,
+        single_stage: bool = True,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.single_stage = single_stage
         self.criterion = criterion
         self.loss_weights = loss_weights
         self.min_size = min_size
@@ -229,36 +232,40 @@ class GroupSamplingRPN(RegionProposalNetwork):
         """As ``RegionProposalNetwork.forward``; a target may have ``ignore_boxes``, whose anchors are no negatives.
 
         Returns:
-            proposals: per image; none while training, since a single-stage detector has no second stage to train.
+            proposals: per image; none while a single-stage detector trains, which has no second stage to train.
             losses: "loss_rpn_cls" and "loss_rpn_loc" while training.
         """
         levels = list(features.values())
         grid = self.anchor_generator.grid(levels)
-        logits, deltas = flatten_predictions(*self.head(levels))
-        if not self.training:
-            proposals = select_proposals(
-                grid,
-                logits,
-                deltas,
-                images.image_sizes,
-                pre_nms_topk=self.pre_nms_top_n(),
-                post_nms_topk=self.post_nms_top_n(),
-                nms_thresh=self.nms_thresh,
-                min_size=self.min_size,
-            )
-            return proposals, {}
-        if targets is None:
+        if self.training and targets is None:
             raise ValueError("GroupSamplingRPN needs targets while training")
+        if self.training and self.single_stage:
+            return [], self._losses(grid, self.head.predictor(levels), targets)
+        logits, deltas = flatten_predictions(*self.head(levels))
+        losses = self._losses(grid, predict_from(logits, deltas), targets) if self.training else {}
+        proposals = select_proposals(
+            grid,
+            logits.detach(),
+            deltas.detach(),
+            images.image_sizes,
+            pre_nms_topk=self.pre_nms_top_n(),
+            post_nms_topk=self.post_nms_top_n(),
+            nms_thresh=self.nms_thresh,
+            min_size=self.min_size,
+        )
+        return proposals, losses
+
+    def _losses(self, grid: AnchorGrid, predict: Predict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         gt_boxes = [target["boxes"] for target in targets]
         ignore_boxes = [target.get("ignore_boxes", boxes.new_zeros((0, 4))) for target, boxes in zip(targets, gt_boxes)]
-        result = self.criterion(grid, logits, deltas, gt_boxes, ignore_boxes, iteration=self.iteration)
+        result = self.criterion(grid, predict, gt_boxes, ignore_boxes, iteration=self.iteration)
         self.sample_counts = {
             f"rpn/{name}@{scale:g}": count
             for name, counts in (("num_pos", result.num_pos), ("num_neg", result.num_neg))
             for scale, count in zip(grid.scales, counts)
         }
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
-        return [], {name: loss * self.loss_weights[name] for name, loss in losses.items()}
+        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
 
 class ProposalDetections(nn.Module):
@@ -298,9 +305,15 @@ class GroupSamplingRCNN(GeneralizedRCNN):
     """``GeneralizedRCNN`` of this engine's parts.
 
     Takes a list of (3, H, W) float RGB images with values in [0, 255] and, while training, a target for each: "boxes"
-    (m, 4) XYXY in pixels and optionally "ignore_boxes" (k, 4). Returns the losses "loss_rpn_cls" and "loss_rpn_loc"
-    while training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the image given.
+    (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,), 0 ... K - 1. Returns
+    the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a second stage, while
+    training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the image given.
     """
+
+    @property
+    def sample_counts(self) -> dict[str, Tensor]:
+        """``sample_counts`` of the RPN and, if there is one, of the second stage."""
+        return {**self.rpn.sample_counts, **getattr(self.roi_heads, "sample_counts", {})}
 
 
 def build_backbone(cfg: CfgNode) -> Backbone:
@@ -339,23 +352,26 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
     stages = [_stage(feature) for feature in rpn.IN_FEATURES]
     has_fpn = model.BACKBONE.NAME == FPN_BACKBONE
     channels = {model.FPN.OUT_CHANNELS} if has_fpn else {model.RESNETS.RES2_OUT_CHANNELS * 2 ** (s - 2) for s in stages}
-    anchor_generator = GroupedAnchorGenerator(
-        _per_level(model.ANCHOR_GENERATOR.SIZES, len(stages), "SIZES"),
-        _per_level(model.ANCHOR_GENERATOR.ASPECT_RATIOS, len(stages), "ASPECT_RATIOS"),
-        [2**stage for stage in stages],
-    )
-    num_anchors = set(anchor_generator.num_anchors_per_location())
-    if len(num_anchors) != 1 or len(channels) != 1:
+    layout = AnchorLayout.from_config(cfg, [2**stage for stage in stages])
+    if len(channels) != 1:
         raise ConfigError(
-            "The head is shared by all levels of MODEL.RPN.IN_FEATURES: they must agree in anchors per cell (found "
-            f"{sorted(num_anchors)}) and channels (found {sorted(channels)})"
+            "The head is shared by all levels of MODEL.RPN.IN_FEATURES, which must agree in channels (found "
+            f"{sorted(channels)})"
         )
+    if heads.NAME == SINGLE_STAGE_HEADS:
+        roi_heads = ProposalDetections(
+            score_thresh=heads.SCORE_THRESH_TEST,
+            nms_thresh=heads.NMS_THRESH_TEST,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+    else:
+        roi_heads = build_grouped_roi_heads(cfg, *channels, stride=2 ** _stage(heads.IN_FEATURES[0]))
     bg_iou_thresh, fg_iou_thresh = rpn.IOU_THRESHOLDS
     return GroupSamplingRCNN(
         backbone=build_backbone(cfg),
         rpn=GroupSamplingRPN(
-            anchor_generator,
-            SoftmaxRPNHead(channels.pop(), num_anchors.pop()),
+            GroupedAnchorGenerator(layout),
+            SoftmaxRPNHead(channels.pop(), layout.anchors_per_cell, steps=layout.steps, face_prior=face_prior(cfg)),
             fg_iou_thresh=fg_iou_thresh,
             bg_iou_thresh=bg_iou_thresh,
             batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
@@ -369,12 +385,9 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
                 "loss_rpn_loc": rpn.LOSS_WEIGHT * rpn.BBOX_REG_LOSS_WEIGHT,
             },
             min_size=model.PROPOSAL_GENERATOR.MIN_SIZE,
+            single_stage=heads.NAME == SINGLE_STAGE_HEADS,
         ),
-        roi_heads=ProposalDetections(
-            score_thresh=heads.SCORE_THRESH_TEST,
-            nms_thresh=heads.NMS_THRESH_TEST,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-        ),
+        roi_heads=roi_heads,
         transform=NormalizeAndPad(
             model.PIXEL_MEAN,
             model.PIXEL_STD,
@@ -387,12 +400,3 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
 def _stage(feature: str) -> int:
     """ "res2" and "p2" are of stage 2, with stride 4."""
     return int(feature.removeprefix("res").removeprefix("p"))
-
-
-def _per_level(values: Sequence[Sequence[float]], num_levels: int, key: str) -> list[Sequence[float]]:
-    if len(values) not in (1, num_levels):
-        raise ConfigError(
-            f"MODEL.ANCHOR_GENERATOR.{key} must have one entry, or one for each of the {num_levels} levels of "
-            f"MODEL.RPN.IN_FEATURES, got {values}"
-        )
-    return list(values) * (num_levels // len(values))

@@ -1,0 +1,145 @@
+"""Grouped Fast R-CNN (Table 5): Detectron2's standard ROI heads, trained on as many proposals of every scale."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from ...losses import box_loss
+from ...roi_sampling import ProposalSample, ProposalSampler, build_proposal_sampler
+from .rpn import LOG_PERIOD
+
+
+class GroupedFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """``FastRCNNOutputLayers`` that knows the paper's regression losses and hands on the scale of the proposals.
+
+    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 4.3, Table 3) besides Detectron2's
+    own types.
+    """
+
+    def box_reg_loss(self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor) -> Tensor:
+        """As in ``FastRCNNOutputLayers``: summed over the positives, divided by the number R of proposals."""
+        if self.box_reg_loss_type not in ("iou_l2", "iou_log"):
+            return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
+        positive = ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero().squeeze(1)
+        deltas = pred_deltas.unflatten(1, (-1, 4))  # one box per class, or one for all
+        deltas = deltas[positive, gt_classes[positive] if deltas.shape[1] > 1 else 0]
+        losses = box_loss(
+            self.box_reg_loss_type,
+            deltas.float(),
+            proposal_boxes[positive],
+            gt_boxes[positive],
+            weights=self.box2box_transform.weights,
+        )
+        return losses.sum() / max(len(gt_classes), 1)
+
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """As in ``FastRCNNOutputLayers``; a detection has the ``anchor_scales`` of its proposal, if that has one."""
+        boxes = self.predict_boxes(predictions, proposals)
+        scores = self.predict_probs(predictions, proposals)
+        detections, kept = fast_rcnn_inference(
+            boxes,
+            scores,
+            [proposal.image_size for proposal in proposals],
+            self.test_score_thresh,
+            self.test_nms_thresh,
+            self.test_topk_per_image,
+        )
+        # Detectron2 numbers what it kept among the finite predictions, not among all.
+        finite = [
+            (b.isfinite().all(dim=1) & s.isfinite().all(dim=1)).nonzero().squeeze(1) for b, s in zip(boxes, scores)
+        ]
+        kept = [rows[index] for rows, index in zip(finite, kept)]
+        for image, proposal, index in zip(detections, proposals, kept):
+            if proposal.has("anchor_scales"):
+                image.anchor_scales = proposal.anchor_scales[index]
+        return detections, kept
+
+
+@ROI_HEADS_REGISTRY.register()
+class GroupedROIHeads(StandardROIHeads):
+    """``StandardROIHeads`` that draws its proposals with :class:`~group_sampling.roi_sampling.ProposalSampler`.
+
+    ``MODEL.GROUP_SAMPLING.ROI_SAMPLER`` is ``group`` for as many proposals of every scale or ``uniform``. Works with
+    any backbone, proposal generator and box head; a config needs the keys of this project
+    (:func:`~group_sampling.config.add_group_sampling_config`) and this class as ``MODEL.ROI_HEADS.NAME``.
+    """
+
+    @configurable
+    def __init__(self, *, sampler: ProposalSampler, **kwargs):
+        """
+        Args:
+            sampler: draws the proposals.
+            kwargs: as for ``StandardROIHeads``; its matcher, batch size and positive fraction are not used.
+        """
+        super().__init__(**kwargs)
+        self.sampler = sampler
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        return {**super().from_config(cfg, input_shape), "sampler": build_proposal_sampler(cfg)}
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        parts = super()._init_box_head(cfg, input_shape)
+        parts["box_predictor"] = GroupedFastRCNNOutputLayers(cfg, parts["box_head"].output_shape)
+        return parts
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+        ignore_boxes: list[Boxes] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """As ``StandardROIHeads.forward``; ``ignore_boxes`` are per image regions whose proposals are no negatives."""
+        if not self.training:
+            return super().forward(images, features, proposals, targets)
+        if targets is None:
+            raise ValueError("GroupedROIHeads needs targets while training")
+        proposals = self.label_and_sample_proposals(proposals, targets, ignore_boxes)
+        losses = self._forward_box(features, proposals)
+        # Last, and in this order: they may read the boxes that the box head has predicted.
+        losses.update(self._forward_mask(features, proposals))
+        losses.update(self._forward_keypoint(features, proposals))
+        return proposals, losses
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances], ignore_boxes: list[Boxes] | None = None
+    ) -> list[Instances]:
+        """As ``ROIHeads.label_and_sample_proposals``: the drawn proposals with the ``gt_*`` fields of their targets."""
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        storage = get_event_storage()
+        samples = self.sampler(
+            [image.proposal_boxes.tensor for image in proposals],
+            [image.gt_boxes.tensor for image in targets],
+            None if ignore_boxes is None else [image.tensor for image in ignore_boxes],
+            iteration=storage.iter,
+        )
+        if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
+            for name, counts in zip(("num_pos", "num_neg"), self.sampler.count_by_scale(samples)):
+                for scale, count in zip(self.sampler.scales, counts.tolist()):
+                    storage.put_scalar(f"roi/{name}@{scale:g}", count)
+        return [self._label(*image) for image in zip(proposals, targets, samples)]
+
+    def _label(self, proposals: Instances, targets: Instances, sample: ProposalSample) -> Instances:
+        drawn = proposals[sample.indices]
+        drawn.gt_classes = torch.full_like(sample.indices, self.num_classes)
+        if len(targets) > 0:
+            matched = sample.matched_gt.clamp(min=0)  # negatives have a target that nobody reads
+            drawn.gt_classes = torch.where(sample.labels == 1, targets.gt_classes[matched], drawn.gt_classes)
+            for name, value in targets.get_fields().items():
+                if name.startswith("gt_") and not drawn.has(name):
+                    drawn.set(name, value[matched])
+        return drawn

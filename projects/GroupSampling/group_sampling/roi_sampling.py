@@ -1,0 +1,161 @@
+"""Which proposals the second stage is trained on: Grouped Fast R-CNN (Sec. 4.2, Table 5), shared by both engines."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import ConfigError
+from .ops import match_anchors, sample_groups
+
+ROI_SAMPLERS = ("uniform", "group")
+
+# Keeps the draws of proposals independent of the draws of anchors, which start from the same seed.
+_STREAM = 0x2545F4914F6CDD1D
+
+
+class ProposalSample(NamedTuple):
+    """The proposals drawn from one image: group by group, in a group positives first."""
+
+    indices: Tensor  # (k,) int64
+    labels: Tensor  # (k,) int8, 1 positive, 0 negative
+    matched_gt: Tensor  # (k,) int64 ground-truth index of positives, else -1
+    scale_ids: Tensor  # (k,) int64 index of the nearest scale
+
+
+class ProposalSampler:
+    """Assigns ground truths to proposals and draws the proposals (RoIs) that the loss of the second stage sees.
+
+    ``kind="group"`` draws ``num_samples`` proposals of every scale, a proposal being of the anchor scale that its
+    √(width · height) is nearest to in log scale; ``kind="uniform"`` draws ``num_samples`` over all of them, as
+    Fast R-CNN does. Either way at most ``positive_fraction`` of a draw are positives, and negatives fill up what
+    positives leave open.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        num_samples: int,
+        scales: Sequence[float],
+        positive_fraction: float = 0.25,
+        pos_iou: float = 0.5,
+        neg_iou: float = 0.5,
+        ignore_ioa: float = 0.5,
+        seed: int = 0,
+    ):
+        """
+        Args:
+            scales: anchor scales in pixels.
+            pos_iou, neg_iou: a proposal is positive from ``pos_iou`` on, negative below ``neg_iou``.
+            ignore_ioa: a proposal of which an ignore region covers this share is no negative.
+        """
+        if kind not in ROI_SAMPLERS:
+            raise ValueError(f"ProposalSampler: kind must be one of {ROI_SAMPLERS}, got {kind!r}")
+        if num_samples <= 0:
+            raise ValueError(f"ProposalSampler: num_samples must be positive, got {num_samples}")
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"ProposalSampler: scales must be positive numbers, got {scales}")
+        self.kind = kind
+        self.num_samples = num_samples
+        self.scales = tuple(sorted(set(map(float, scales))))
+        self.positive_fraction = positive_fraction
+        self.seed = seed
+        self._match_options = {"pos_iou": pos_iou, "neg_iou": neg_iou, "second_pass": "none", "ignore_ioa": ignore_ioa}
+
+    def scale_ids(self, boxes: Tensor) -> Tensor:
+        """(n,) int64: of each of the (n, 4) boxes the index of the nearest scale, the smaller one of two equally near.
+
+        √area is nearer to s than to t > s, in log scale, where area < s · t.
+        """
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        borders = [small * large for small, large in zip(self.scales, self.scales[1:])]
+        return torch.bucketize(area, area.new_tensor(borders))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        proposals: Sequence[Tensor],
+        gt_boxes: Sequence[Tensor],
+        ignore_boxes: Sequence[Tensor] | None = None,
+        *,
+        iteration: int,
+    ) -> list[ProposalSample]:
+        """Draw for a batch of B images.
+
+        The draw depends on (seed, iteration, rank, image, scale) and the proposals alone, and is independent of the
+        draw of the anchors.
+
+        Args:
+            proposals: B tensors (n_b, 4) XYXY in input pixels; n_b may be 0. Empty, inverted and non-finite ones are
+                never drawn.
+            gt_boxes: B tensors (m_b, 4); m_b may be 0. Ground truths of that kind match nothing.
+            ignore_boxes: B tensors (k_b, 4): regions whose proposals are no negatives.
+            iteration: the training iteration.
+        """
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        ignore_boxes = [None] * len(proposals) if ignore_boxes is None else ignore_boxes
+        samples = []
+        for image, (boxes, gt, ignore) in enumerate(zip(proposals, gt_boxes, ignore_boxes)):
+            match = match_anchors(
+                boxes,
+                gt.to(boxes.dtype),
+                ignore_boxes=None if ignore is None else ignore.to(boxes.dtype),
+                **self._match_options,
+            )
+            is_usable = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            labels = match.labels.masked_fill(~is_usable, -1)
+            scale_ids = self.scale_ids(boxes)
+            is_grouped = self.kind == "group"
+            drawn = sample_groups(
+                labels,
+                scale_ids if is_grouped else torch.zeros_like(scale_ids),
+                num_groups=len(self.scales) if is_grouped else 1,
+                samples_per_group=self.num_samples,
+                positive_fraction=self.positive_fraction,
+                seed=self.seed ^ _STREAM,
+                iteration=iteration,
+                first_image=rank * len(proposals) + image,
+            )
+            index = drawn.indices.flatten()
+            index = index[index >= 0]
+            samples.append(ProposalSample(index, labels[index], match.matched_gt[index], scale_ids[index]))
+        return samples
+
+    def count_by_scale(self, samples: Sequence[ProposalSample]) -> tuple[Tensor, Tensor]:
+        """(S,) positives and (S,) negatives drawn of each scale, mean over the images; S scales whatever the kind."""
+        scale_ids = torch.cat([sample.scale_ids for sample in samples])
+        labels = torch.cat([sample.labels for sample in samples])
+        counts = torch.zeros((2, len(self.scales)), device=labels.device)
+        for row, label in enumerate((1, 0)):
+            counts[row].index_add_(0, scale_ids, (labels == label).to(counts.dtype))
+        num_pos, num_neg = counts / len(samples)
+        return num_pos, num_neg
+
+
+def build_proposal_sampler(cfg: Any) -> ProposalSampler:
+    """The sampler that ``MODEL.GROUP_SAMPLING.ROI_*`` and ``MODEL.ROI_HEADS`` describe.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    heads, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.GROUP_SAMPLING
+    if gs.ROI_SAMPLER not in ROI_SAMPLERS:
+        raise ConfigError(f"MODEL.GROUP_SAMPLING.ROI_SAMPLER must be one of {ROI_SAMPLERS}, got {gs.ROI_SAMPLER!r}")
+    if list(heads.IOU_LABELS) != {1: [0, 1], 2: [0, -1, 1]}.get(len(heads.IOU_THRESHOLDS)):
+        raise ConfigError(
+            "MODEL.ROI_HEADS.IOU_THRESHOLDS and IOU_LABELS must be [t] and [0, 1], or [negative below, positive from] "
+            f"and [0, -1, 1], got {heads.IOU_THRESHOLDS} and {heads.IOU_LABELS}"
+        )
+    return ProposalSampler(
+        gs.ROI_SAMPLER,
+        num_samples=gs.ROI_SAMPLES_PER_GROUP if gs.ROI_SAMPLER == "group" else heads.BATCH_SIZE_PER_IMAGE,
+        scales=[size for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes],
+        positive_fraction=heads.POSITIVE_FRACTION,
+        pos_iou=heads.IOU_THRESHOLDS[-1],
+        neg_iou=heads.IOU_THRESHOLDS[0],
+        ignore_ioa=gs.IGNORE_IOA,
+        seed=cfg.SEED,
+    )

@@ -26,7 +26,11 @@ def wider_root(tmp_path):
 
 
 def test_builtin_names():
-    expected = ("wider_face_train", "wider_face_val", "wider_face_test", "synthetic_faces_train", "synthetic_faces_val")
+    wider, synthetic = (
+        ("wider_face_train", "wider_face_val", "wider_face_test"),
+        ("synthetic_faces_train", "synthetic_faces_val"),
+    )
+    expected = (*wider, *synthetic, "fddb")
     assert dataset_names() == expected
     assert all(class_names(name) == ("face",) for name in expected)
 
@@ -77,7 +81,7 @@ def test_declared_sets(tmp_path):
             "SYNTHETIC": {"NUM_TRAIN": 3, "NUM_VAL": 2, "HEIGHT": 64, "WIDTH": 96, "SEED": 5},
         }
     )
-    assert dataset_names(config)[5:] == ("my_faces", "w_all", "w_one")
+    assert dataset_names(config)[6:] == ("my_faces", "w_all", "w_one")
     records = load_dataset("my_faces", config, tmp_path)
     assert records[0].file_name == str(tmp_path / "images" / "a" / "one.jpg")
     assert class_names("my_faces", config, tmp_path) == ("face", "mask")

@@ -3,10 +3,14 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from scipy.io import savemat
 
 from group_sampling.evaluation import WiderFaceAP, write_predictions
@@ -199,6 +203,55 @@ def test_command_refuses_and_writes_nothing(tool, truth, predictions, tmp_path, 
         )
     assert message in str(caught.value)
     assert not (tmp_path / "ap.json").exists()
+
+
+def test_command_with_events_and_sizes(tool, truth, predictions, tmp_path, capsys):
+    arguments = ["--predictions", str(predictions), "--ground-truth", str(truth), "--json", str(tmp_path / "ap.json")]
+    tool.main([*arguments, "--per-event", "--per-scale"])
+    table = capsys.readouterr().out
+    assert re.search(r"Size 16 +33\.33 +3 ", table) and re.search(r"Size 32 +n/a +0 ", table)
+    assert re.search(r"0--Parade +100\.00 +50\.00 +33\.33 ", table) and re.search(r"1--Big +n/a", table)
+    events = json.loads((tmp_path / "ap.json").read_text())["events"]
+    assert list(events) == ["0--Parade", "1--Big"] and events["1--Big"]["ap"]["hard"] is None
+    assert events["0--Parade"]["ap"]["hard"] == pytest.approx(1 / 3)
+
+
+def test_command_compares(tool, truth, predictions, tmp_path, capsys):
+    with tarfile.open(tmp_path / "theirs.tar.xz", "w:xz") as archive:
+        archive.add(predictions, "results")
+    arguments = ["--ground-truth", str(truth), "--json", str(tmp_path / "ap.json"), "--plot", str(tmp_path / "pr.png")]
+    tool.main([*arguments, "--compare", f"ours={predictions}", f"theirs={tmp_path / 'theirs.tar.xz'}"])
+    assert capsys.readouterr().out.count("Hard") == 2
+    detectors = json.loads((tmp_path / "ap.json").read_text())["detectors"]
+    assert list(detectors) == ["ours", "theirs"] and detectors["ours"]["ap"] == detectors["theirs"]["ap"]
+    assert imread(tmp_path / "pr.png").shape[1] > 1000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "one of --predictions and --compare is needed"),
+        (["--compare", "folder"], "expected NAME=PATH"),
+        (["--compare", "a=x", "a=y"], "not taken yet, got 'a=y'"),
+        (["--predictions", "x", "--curves", "y"], "--curves needs --plot"),
+    ],
+)
+def test_command_line_errors(tool, options, message, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--ground-truth", "nowhere", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_torch_is_not_imported(truth, predictions, tmp_path):
+    script = f"""
+import runpy, sys
+sys.argv = ["evaluate_wider.py", "--predictions", {str(predictions)!r}, "--ground-truth", {str(truth)!r}, "--per-event",
+            "--per-scale", "--plot", {str(tmp_path / "pr.png")!r}]
+runpy.run_path({str(TOOL)!r}, run_name="__main__")
+print(sorted({{"torch", "torchvision", "scipy", "detectron2"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("[]\n")
 
 
 def evaluate_mutated(tool, truth, predictions, outputs, seed, capsys):

@@ -1,7 +1,7 @@
 """Data sets by name.
 
-Built in are ``wider_face_{train,val,test}`` and ``synthetic_faces_{train,val}``; a configuration adds its own. Relative
-paths are below ``$DETECTRON2_DATASETS``, or ``./datasets``, as Detectron2 has it.
+Built in are ``wider_face_{train,val,test}``, ``synthetic_faces_{train,val}`` and ``fddb``; a configuration adds its
+own. Relative paths are below ``$DETECTRON2_DATASETS``, or ``./datasets``, as Detectron2 has it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from . import coco, synthetic, wider_face
+from . import coco, fddb, synthetic, wider_face
 from .records import DataReport, ImageRecord
 
 logger = logging.getLogger(__name__)
 
 _FACE = ("face",)
 _WIDER_FACE_URL = "http://shuoyang1213.me/WIDERFACE/"
+_FDDB_URL = "http://vis-www.cs.umass.edu/fddb/"
 _SYNTHETIC_OVERRIDE = """DATASETS.TRAIN '("synthetic_faces_train",)' DATASETS.TEST '("synthetic_faces_val",)'"""
 
 
@@ -79,6 +80,12 @@ def class_names(
     return source.read(DataReport())[1]
 
 
+def evaluation_protocol(name: str, cfg_datasets: Mapping[str, Any] | None = None) -> tuple[str, tuple[str, ...]]:
+    """The protocol that a data set is evaluated by, "wider_face", "coco" or "fddb", and the set's files and folders."""
+    source = _find(name, cfg_datasets, None)
+    return {_CocoFormat: "coco", _Fddb: "fddb"}.get(type(source), "wider_face"), source.paths
+
+
 def missing_paths(
     name: str, cfg_datasets: Mapping[str, Any] | None = None, root: str | os.PathLike[str] | None = None
 ) -> tuple[str, ...]:
@@ -131,6 +138,19 @@ class _WiderFileList:
 
 
 @dataclass(frozen=True)
+class _Fddb:
+    folds: str
+    image_root: str
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.folds, self.image_root
+
+    def read(self, report: DataReport) -> tuple[list[ImageRecord], tuple[str, ...]]:
+        return fddb.read_records(self.folds, self.image_root, report=report), _FACE
+
+
+@dataclass(frozen=True)
 class _CocoFormat:
     annotations: str
     image_root: str
@@ -171,6 +191,7 @@ def _catalog(cfg_datasets: Mapping[str, Any] | None, root: str | os.PathLike[str
     catalog["wider_face_test"] = _WiderFileList(test_list, os.path.join(wider, "WIDER_test", "images"))
     for part in ("train", "val"):
         catalog[f"synthetic_faces_{part}"] = _Synthetic(part, settings)
+    catalog["fddb"] = _Fddb(below("fddb", "FDDB-folds"), below("fddb", "originalPics"))
 
     formats = (
         ("COCO_FORMAT", _CocoFormat, "[name, annotation_json, image_root]", (3,)),
@@ -208,6 +229,9 @@ def _require_paths(name: str, source: _Source) -> None:
     if name.startswith("wider_face_"):
         lines.append(f"WIDER FACE is published at {_WIDER_FACE_URL}: get the images of the split and the face")
         lines.append("annotations, and unpack both into one folder WIDER_FACE, so that the paths above exist.")
+    if name == "fddb":
+        lines.append(f"FDDB is published at {_FDDB_URL}: unpack FDDB-folds.tgz into the folder fddb, and")
+        lines.append("originalPics.tar.gz into fddb/originalPics, so that fddb/originalPics/2002 exists.")
     lines.append("Relative paths are below $DETECTRON2_DATASETS (if that is not set: ./datasets).")
     lines.append(f"To use the built-in synthetic faces instead, add:\n  {_SYNTHETIC_OVERRIDE}")
     raise MissingDatasetError("\n".join(lines))

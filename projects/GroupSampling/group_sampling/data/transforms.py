@@ -115,6 +115,24 @@ class TrainTransform:
         keep = (visible > 0) & (visible >= self.min_visible)
         return np.where(keep[:, None], inside, np.float32(0)), keep
 
+    def apply_annotations(
+        self,
+        boxes: np.ndarray,
+        ignore: np.ndarray,
+        classes: np.ndarray,
+        geometry: Geometry,
+        height: int,
+        width: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Moves the annotations along with an image of (height, width) pixels; needs no pixels.
+
+        Returns:
+            ``boxes``, ``classes`` and ``ignore_boxes`` of :class:`Sample`.
+        """
+        moved, keep = self.apply_boxes(boxes[~ignore], geometry, height, width)
+        moved_ignore, visible = self._move(boxes[ignore], geometry, height, width)
+        return moved[keep], classes[~ignore][keep], moved_ignore[visible > 0]
+
     def __call__(
         self,
         image: np.ndarray,
@@ -125,11 +143,9 @@ class TrainTransform:
     ) -> Sample:
         """Transforms an image and its annotations by one draw from ``rng``."""
         height, width = image.shape[:2]
-        faces = boxes[~ignore]
         geometry = self.sample(height, width, rng)
-        moved, keep = self.apply_boxes(faces, geometry, height, width)
-        moved_ignore, visible = self._move(boxes[ignore], geometry, height, width)
-        return Sample(self.apply_image(image, geometry), moved[keep], classes[~ignore][keep], moved_ignore[visible > 0])
+        annotations = self.apply_annotations(boxes, ignore, classes, geometry, height, width)
+        return Sample(self.apply_image(image, geometry), *annotations)
 
     @staticmethod
     def _move(boxes: np.ndarray, geometry: Geometry, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

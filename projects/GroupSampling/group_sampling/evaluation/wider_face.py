@@ -4,10 +4,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,10 +15,26 @@ from numpy.typing import ArrayLike, NDArray
 from ..files import write_atomically
 from .wider_ground_truth import read_official_ground_truth
 
+Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]  # recall and precision at each threshold
+
 # Pairs of a detection and a face whose IoU is computed at once: bounds memory, and the temporaries stay in the cache.
 _PAIRS_PER_BLOCK = 1 << 15
 # Beyond any image, and far from where areas overflow.
 _MAX_COORDINATE = 1e9
+
+
+class _Detections(NamedTuple):
+    """Detections of one image."""
+
+    scores: NDArray[np.float64]
+    taken: NDArray[np.int32]  # index of the face that each takes, or the code of none
+    scale_ids: NDArray[np.int8]  # index into the scales, -1 without anchor_scales
+    size_ids: NDArray[np.int8]  # index of the scale nearest to the box
+
+
+_NO_DETECTIONS = _Detections(
+    np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int8)
+)
 
 
 @dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
@@ -30,14 +46,15 @@ class WiderFaceResult:
         curves: (recall, precision) of each subset, float64 of shape (num_thresholds,), from the highest score threshold
             to the lowest; precision is nan where nothing was detected, recall is nan where the subset has no face.
         num_faces: faces counted in each subset.
-        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all.
+        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all (of which an
+            unmatched one of another size does not count in ``"size s"``).
         counts: ``images``, ``faces`` (ignored ones included), ``detections``, ``images_without_predictions``,
             ``images_without_faces`` (no box at all, not even an ignored one) and ``detections_without_faces`` on them.
         iou_thresh: IoU from which a detection takes a face.
     """
 
     ap: dict[str, float]
-    curves: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    curves: dict[str, Curve]
     num_faces: dict[str, int]
     num_detections: dict[str, int]
     counts: dict[str, int]
@@ -53,9 +70,9 @@ class WiderFaceResult:
             lines.append(f"{name.capitalize():<{width}}  {percent:>6}  {counts}")
         return "\n".join(lines)
 
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything but the curves as JSON, atomically; an undefined AP becomes ``null``."""
-        content = {
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the curves, for JSON; an undefined AP becomes None."""
+        return {
             "protocol": "WIDER FACE",
             "iou_thresh": self.iou_thresh,
             "ap": {name: None if math.isnan(ap) else ap for name, ap in self.ap.items()},
@@ -63,7 +80,10 @@ class WiderFaceResult:
             "num_detections": self.num_detections,
             "counts": self.counts,
         }
-        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write :meth:`as_dict` as JSON, atomically."""
+        write_atomically(path, (json.dumps(self.as_dict(), indent=2) + "\n").encode())
 
     def plot(self, path: str | os.PathLike, title: str = "WIDER FACE") -> None:
         """Draw the precision-recall curves, atomically; the suffix gives the format of the image (PNG without one)."""
@@ -108,8 +128,12 @@ class WiderFaceAP:
       part, faces count whose √(w·h) is nearest to s in log scale among ``scales`` (the smaller one on a tie), the other
       faces are ignore regions. Scores keep the normalisation of the whole set: a threshold is the same score in every
       curve. Reported when the updates give ``anchor_scales``. With a single scale it equals ``"all"``.
+    - ``"size s"`` for each s of ``scales``, with ``by_size``: AP of one range of face sizes on All, for detections that
+      do not say which anchor produced them. Faces count as for ``"@s"`` and the others are ignore regions; a detection
+      without a face counts by its own √(w·h), as COCO has it for its area ranges. Not the paper's @s: there, a face
+      that another scale's anchors detect is missed.
 
-    Memory: 13 bytes a detection, and about four times as much for the moment of ``compute``.
+    Memory: 14 bytes a detection, and about four times as much for the moment of ``compute``.
 
     Args:
         boxes: (m, 4) XYXY of the annotated faces of every image, by image id, in pixels; m may be 0. An empty or
@@ -117,6 +141,7 @@ class WiderFaceAP:
         ignore: (m,) bool by image id, faces that are ignore regions; images that are missing here have none.
         subsets: for each named subset, (m,) bool by image id, the faces that it keeps; ignored faces never count.
         scales: anchor scales in pixels, ascending.
+        by_size: report ``"size s"``.
         iou_thresh: in (0, 1].
         num_thresholds: number of score thresholds, at least 1.
 
@@ -131,6 +156,7 @@ class WiderFaceAP:
         ignore: Mapping[str, ArrayLike] | None = None,
         subsets: Mapping[str, Mapping[str, ArrayLike]] | None = None,
         scales: Sequence[float] = (16, 32, 64, 128),
+        by_size: bool = False,
         iou_thresh: float = 0.5,
         num_thresholds: int = 1000,
     ) -> None:
@@ -141,6 +167,7 @@ class WiderFaceAP:
         self._scales = np.asarray(scales, dtype=np.float64)
         if self._scales.ndim != 1 or len(self._scales) == 0 or not (np.diff(self._scales, prepend=0) > 0).all():
             raise ValueError(f"scales must be positive and ascending, at least one, got {list(scales)}")
+        self._by_size = by_size
         self._iou_thresh = float(iou_thresh)
         self._num_thresholds = int(num_thresholds)
 
@@ -159,14 +186,11 @@ class WiderFaceAP:
             self._counted[name] = _as_flags(keep, sizes, f"subset {name!r}", required=True) & valid
         width, height = faces[:, 2] - faces[:, 0], faces[:, 3] - faces[:, 1]
         self._counted["all"] = valid & (width > 0) & (height > 0)
-        # √(w·h) is nearer to the larger of two neighbours in log scale when w·h exceeds their product.
-        self._face_scale = np.searchsorted(self._scales[:-1] * self._scales[1:], width * height, side="left")
+        self._face_scale = self._nearest_scale(width * height)
 
-        # One entry an update: scores; index of the face that each detection takes, or one of the two codes below;
-        # index into scales (-1 without anchor_scales).
         self._background = self._num_faces
         self._no_face_in_image = self._num_faces + 1
-        self._updates: dict[str, tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int8]]] = {}
+        self._updates: dict[str, _Detections] = {}
         self._with_scales: bool | None = None  # None until an update tells
 
     @classmethod
@@ -254,7 +278,8 @@ class WiderFaceAP:
             taken = np.where(best >= 0, best + self._first_face[image_id], self._background)
         else:
             taken = np.full(len(boxes), self._no_face_in_image)
-        self._updates[image_id] = scores, taken.astype(np.int32), scale_ids
+        size_ids = self._nearest_scale((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.int8)
+        self._updates[image_id] = _Detections(scores, taken.astype(np.int32), scale_ids, size_ids)
         self._with_scales = with_scales
 
     def compute(self) -> WiderFaceResult:
@@ -263,47 +288,81 @@ class WiderFaceAP:
         Raises:
             ValueError: the scores span more than a double holds.
         """
-        scores, taken, scale_ids = self._detections()
-        threshold_ids = self._threshold_ids(scores)
+        return self._result(list(self._boxes), self._score_range())
+
+    def compute_by(self, group_of: Callable[[str], str]) -> dict[str, WiderFaceResult]:
+        """Evaluate groups of images on their own, in the order of the ground truth.
+
+        Scores keep the normalisation of the whole set: a threshold is the same score in every group.
+
+        Args:
+            group_of: image id -> name of its group; for the events of WIDER FACE, what stands before the slash.
+
+        Raises:
+            ValueError: as :meth:`compute`.
+        """
+        groups: dict[str, list[str]] = {}
+        for image_id in self._boxes:
+            groups.setdefault(group_of(image_id), []).append(image_id)
+        score_range = self._score_range()
+        return {group: self._result(images, score_range) for group, images in groups.items()}
+
+    def _result(self, images: Sequence[str], score_range: tuple[float, float]) -> WiderFaceResult:
+        updates = [self._updates[image] for image in images if image in self._updates]
+        scores, taken, scale_ids, size_ids = (np.concatenate(parts) for parts in zip(_NO_DETECTIONS, *updates))
+        threshold_ids = self._threshold_ids(scores, score_range)
+        faces = np.zeros(self._num_faces, dtype=bool)
+        for image in images:
+            first = self._first_face[image]
+            faces[first : first + len(self._boxes[image])] = True
 
         curves, num_faces, num_detections = {}, {}, {}
         for name, counted in self._counted.items():
+            counted = counted & faces
             curves[name] = self._curve(threshold_ids, taken, counted, skip_images_without_faces=name != "all")
             num_faces[name], num_detections[name] = int(counted.sum()), len(scores)
+        of_scale = [self._counted["all"] & faces & (self._face_scale == index) for index in range(len(self._scales))]
         if self._with_scales:
             for index, scale in enumerate(self._scales):
-                name, mine = f"@{scale:g}", scale_ids == index
-                counted = self._counted["all"] & (self._face_scale == index)
+                name, mine, counted = f"@{scale:g}", scale_ids == index, of_scale[index]
                 curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
                 num_faces[name], num_detections[name] = int(counted.sum()), int(mine.sum())
+        if self._by_size:
+            has_face = taken < self._background
+            for index, scale in enumerate(self._scales):
+                name, mine, counted = f"size {scale:g}", has_face | (size_ids == index), of_scale[index]
+                curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
+                num_faces[name], num_detections[name] = int(counted.sum()), int((size_ids == index).sum())
 
         counts = {
-            "images": len(self._boxes),
-            "faces": self._num_faces,
+            "images": len(images),
+            "faces": int(faces.sum()),
             "detections": len(scores),
-            "images_without_predictions": len(self._boxes)
-            - sum(len(image_scores) > 0 for image_scores, _, _ in self._updates.values()),
-            "images_without_faces": sum(len(faces) == 0 for faces in self._boxes.values()),
+            "images_without_predictions": len(images) - sum(len(update.scores) > 0 for update in updates),
+            "images_without_faces": sum(len(self._boxes[image]) == 0 for image in images),
             "detections_without_faces": int((taken == self._no_face_in_image).sum()),
         }
-        ap = {name: _area_under_envelope(recall, precision) for name, (recall, precision) in curves.items()}
+        ap = {name: area_under_envelope(recall, precision) for name, (recall, precision) in curves.items()}
         return WiderFaceResult(ap, curves, num_faces, num_detections, counts, self._iou_thresh)
 
-    def _detections(self) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int8]]:
-        """Scores, taken faces and scale indices of all detections."""
-        if not self._updates:
-            return np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8)
-        scores, taken, scale_ids = zip(*self._updates.values())
-        return np.concatenate(scores), np.concatenate(taken), np.concatenate(scale_ids)
+    def _nearest_scale(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Index of the scale that is nearest to √area in log scale, the smaller one on a tie."""
+        # √area is nearer to the larger of two neighbours when area exceeds their product.
+        return np.searchsorted(self._scales[:-1] * self._scales[1:], area, side="left")
 
-    def _threshold_ids(self, scores: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalised score reaches."""
-        if len(scores) == 0:
-            return np.empty(0, dtype=np.intp)
-        lowest, highest = float(scores.min()), float(scores.max())
-        span = highest - lowest
-        if math.isinf(span):
+    def _score_range(self) -> tuple[float, float]:
+        """Lowest and highest score of the set."""
+        scores = [update.scores for update in self._updates.values() if len(update.scores)]
+        lowest = min((float(s.min()) for s in scores), default=0.0)
+        highest = max((float(s.max()) for s in scores), default=0.0)
+        if math.isinf(highest - lowest):
             raise ValueError(f"scores from {lowest} to {highest} span more than a double holds")
+        return lowest, highest
+
+    def _threshold_ids(self, scores: NDArray[np.float64], score_range: tuple[float, float]) -> NDArray[np.intp]:
+        """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalised score reaches."""
+        lowest, highest = score_range
+        span = highest - lowest
         # Equal scores all normalise to 1: with or without them, there is one operating point.
         normalised = (scores - lowest) / span if span > 0 else np.ones_like(scores)
         thresholds = 1 - np.arange(1, self._num_thresholds + 1) / self._num_thresholds
@@ -316,7 +375,7 @@ class WiderFaceAP:
         counted: NDArray[np.bool_],
         *,
         skip_images_without_faces: bool,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    ) -> Curve:
         """Recall and precision at each threshold, for the faces that are counted."""
         size = self._num_thresholds
         takes_part = np.concatenate([counted, [True, not skip_images_without_faces]])[taken]
@@ -348,7 +407,7 @@ def _best_face(detections: NDArray[np.float64], faces: NDArray[np.float64], iou_
     return best
 
 
-def _area_under_envelope(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
+def area_under_envelope(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
     """Area under the precision envelope; nan without faces."""
     if np.isnan(recall).any():
         return math.nan

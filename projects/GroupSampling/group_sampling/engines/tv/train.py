@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,19 +29,21 @@ from ...checkpoint import CheckpointMixin
 from ...data.loader import build_test_loader
 from ...data.records import ImageRecord
 from ...env import collect_env
+from ...evaluation.partial import ImageDetections
 from ...files import write_atomically
 from ..common import (
     ConfigError,
     build_test_transform,
     build_training_loader,
     check_datasets,
-    evaluate_detections,
     load_records,
     resolve_seed,
 )
+from ..evaluation import Evaluation
 from .config import load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
+from .tta import GroupSamplingTTA
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,13 @@ class Example(NamedTuple):
     """One input of the model: what the loader's workers hand over."""
 
     image: Tensor  # (3, H, W) uint8 RGB
-    target: dict[str, Tensor]  # "boxes" (m, 4) and "ignore_boxes" (k, 4) XYXY in pixels of ``image``
+    target: dict[str, Tensor]  # "boxes" (m, 4), "ignore_boxes" (k, 4) XYXY in pixels of ``image``; "labels" (m,)
     record: ImageRecord
 
 
 def to_example(image: np.ndarray, boxes, classes, ignore_boxes, record: ImageRecord, draw: int) -> Example:
-    target = {"boxes": torch.as_tensor(boxes), "ignore_boxes": torch.as_tensor(ignore_boxes)}
+    arrays = {"boxes": boxes, "labels": classes, "ignore_boxes": ignore_boxes}
+    target = {name: torch.as_tensor(array) for name, array in arrays.items()}
     return Example(torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1))), target, record)
 
 
@@ -142,13 +145,13 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        model.rpn.iteration = iteration
+        model.rpn.iteration = model.roi_heads.iteration = iteration
         losses = parallel(
             [example.image.to(device).float() for example in batch],
-            [{name: boxes.to(device) for name, boxes in example.target.items()} for example in batch],
+            [{name: value.to(device) for name, value in example.target.items()} for example in batch],
         )
         total_loss = sum(losses.values())
-        scalars = _mean_over_ranks({"total_loss": total_loss, **losses, **model.rpn.sample_counts})
+        scalars = _mean_over_ranks({"total_loss": total_loss, **losses, **model.sample_counts})
         if not np.isfinite(scalars["total_loss"]):
             _raise_non_finite(iteration, losses, batch)
         optimizer.zero_grad()
@@ -156,7 +159,10 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         optimizer.step()
 
         if writer:
-            writer.step(iteration, {**scalars, "time": time.perf_counter() - start, "data_time": data_time}, lr)
+            times = {"time": time.perf_counter() - start, "data_time": data_time}
+            if model.rpn.criterion.sampler.timer.seconds is not None:
+                times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
+            writer.step(iteration, {**scalars, **times}, lr)
         periodic_checkpointer.step(iteration)
         is_last = iteration + 1 == max_iter
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
@@ -165,7 +171,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
                 writer.write(iteration, metrics)
     if loader.summary():
         logger.warning(loader.summary())
-    metrics = evaluate(cfg, model, device)
+    metrics = evaluate(cfg, model, device, resume=resume)
     if writer:
         if metrics:
             writer.write(max_iter - 1, metrics)
@@ -173,12 +179,16 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     return metrics
 
 
-def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device) -> dict[str, float]:
+def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool = False) -> dict[str, float]:
     """Detect on ``DATASETS.TEST``, each process on its share, and score on the main one.
 
+    Args:
+        resume: take up an interrupted evaluation of the same weights, configuration and images.
+
     Returns:
-        On the main process "wider_face/AP_all", "wider_face/AP@16", ... in percent, with the name of the data set in
-        front when there are several; elsewhere nothing. The model is left in the mode in which it was.
+        On the main process "wider_face/AP_all", "wider_face/AP@16", ... in percent ("coco/AP", ... for data in COCO's
+        format), with the name of the data set in front when there are several; elsewhere nothing. The model is left in
+        the mode in which it was.
 
     Raises:
         UnreadableImageError: an image of the data set cannot be read.
@@ -187,35 +197,33 @@ def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device) -> di
     was_training = model.training
     model.eval()
     for name in cfg.DATASETS.TEST:
-        records = load_records(cfg, [name])
-        shares = [_detect(cfg, model, device, name, records)]
-        if _world_size() > 1:
-            gathered = [None] * _world_size() if _rank() == 0 else None
-            dist.gather_object(shares[0], gathered)
-            shares = gathered
-        if _rank() == 0:
-            detections = {image_id: found for share in shares for image_id, found in share.items()}
-            prefix = "wider_face/" if len(cfg.DATASETS.TEST) == 1 else f"{name}/wider_face/"
-            results = evaluate_detections(cfg, name, records, detections)
-            metrics.update({prefix + key: value for key, value in results.items()})
+        evaluation = Evaluation(
+            cfg,
+            name,
+            load_records(cfg, [name]),
+            model,
+            resume=resume,
+            rank=_rank(),
+            world_size=_world_size(),
+            all_gather=_all_gather,
+            gather=_gather,
+        )
+        _detect(cfg, model, device, name, evaluation)
+        prefix = "" if len(cfg.DATASETS.TEST) == 1 else f"{name}/"
+        for task, results in (evaluation.finish() or {}).items():
+            metrics.update({f"{prefix}{task}/{key}": value for key, value in results.items()})
     model.train(was_training)
     return metrics
 
 
 @torch.no_grad()
-def _detect(
-    cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: str, records: list[ImageRecord]
-) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """image_id -> boxes (k, 4) in pixels of the original image, scores (k,), anchor scales (k,); this rank's share."""
+def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: str, evaluation: Evaluation) -> None:
+    """Detect on this process's share of the images; boxes are in pixels of the original ones."""
     loader = build_test_loader(
-        records,
-        build_test_transform(cfg),
-        to_example,
-        rank=_rank(),
-        world_size=_world_size(),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        evaluation.share, build_test_transform(cfg), to_example, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
-    detections = {}
+    if cfg.TEST.PYRAMID.SCALES:
+        model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
     for done, (example,) in enumerate(loader, start=1):
         output = model([example.image.to(device).float()])[0]
@@ -223,14 +231,13 @@ def _detect(
         factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)
         boxes = clip_boxes_to_image(output["boxes"] * factors, (record.height, record.width))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        found = boxes[keep], output["scores"][keep], output["anchor_scales"][keep]
-        detections[record.image_id] = tuple(tensor.cpu().numpy() for tensor in found)
+        found = boxes[keep], *(output[name][keep] for name in ("scores", "labels", "anchor_scales"))
+        evaluation.add(record.image_id, ImageDetections(*(tensor.cpu().numpy() for tensor in found)))
         now = time.perf_counter()
         if now - last_report > _PROGRESS_SECONDS:
             eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))
             logger.info(f"{name}: {done} of {len(loader)} images, eta: {eta}")
             last_report = now
-    return detections
 
 
 def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
@@ -259,6 +266,23 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _all_gather(value: Any) -> list:
+    if _world_size() == 1:
+        return [value]
+    values = [None] * _world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _gather(value: Any) -> list:
+    """The values of all processes on the main one, nothing elsewhere."""
+    if _world_size() == 1:
+        return [value]
+    values = [None] * _world_size() if _rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def _shared_random_seed() -> int:
     seed = [torch.seed() % 2**31]
     if _world_size() > 1:
@@ -280,7 +304,7 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[
         model = build_model(cfg).to(device)
         if args.eval_only:
             GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            return evaluate(cfg, model, device)
+            return evaluate(cfg, model, device, resume=args.resume)
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         return train(cfg, model, device, resume=args.resume)
 

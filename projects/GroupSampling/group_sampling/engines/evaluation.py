@@ -1,0 +1,236 @@
+"""Evaluation of a detector on a data set, for both engines: in several processes, and resumable."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ..data.catalog import evaluation_protocol
+from ..data.records import ImageRecord
+from ..evaluation import CocoAP, WiderFaceAP, fddb, write_predictions
+from ..evaluation.fddb_annotations import read_annotations
+from ..evaluation.fddb_predictions import write_fddb_predictions
+from ..evaluation.partial import ImageDetections, PartialDetections
+from ..version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """One pass of a detector over a data set.
+
+    Every process detects on the images of :attr:`share` and hands over what it found with :meth:`add`; the main process
+    scores all of it in :meth:`finish`. Finished images are kept in ``OUTPUT_DIR/inference/<data set>/partial`` until
+    the results are written, so that an interrupted evaluation can be taken up, by any number of processes.
+
+    All processes have to construct it and to call :meth:`finish` together.
+
+    Args:
+        model: its weights are part of what detections are only taken up for.
+        records: the images of ``dataset_name``.
+        resume: take up what an interrupted evaluation of the same weights, configuration and images has finished.
+            Otherwise its files are removed.
+        rank, world_size: of this process.
+        all_gather: collects a Python object from all processes, in all processes, by rank.
+        gather: the same, where only the main process needs the result.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        dataset_name: str,
+        records: Sequence[ImageRecord],
+        model: nn.Module,
+        *,
+        resume: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        all_gather: Callable[[Any], list] = lambda value: [value],
+        gather: Callable[[Any], list] = lambda value: [value],
+    ) -> None:
+        self._cfg = cfg
+        self._dataset_name = dataset_name
+        self._records = records
+        self._is_main = rank == 0
+        self._gather = gather
+        self._detections: dict[str, ImageDetections] = {}
+        self._partial = PartialDetections(
+            os.path.join(_folder(cfg, dataset_name), "partial"), _fingerprint(cfg, dataset_name, records, model)
+        )
+        if self._is_main:
+            if resume:
+                self._detections = self._partial.read()
+                if self._detections:
+                    logger.info(
+                        f"{dataset_name}: going on with an interrupted evaluation, which has finished "
+                        f"{len(self._detections)} of {len(records)} images"
+                    )
+            elif self._partial.exist():
+                logger.info(f"{dataset_name}: starting anew; --resume would go on with an interrupted evaluation")
+            if not self._detections:
+                self._partial.remove()
+        # What the main process says, since a file may have been written between two looks; and nobody writes before it
+        # has removed what is outdated.
+        done = set(all_gather(list(self._detections))[0])
+        self.share = [record for record in records if record.image_id not in done][rank::world_size]
+
+    def add(self, image_id: str, detections: ImageDetections) -> None:
+        """Note what was found in an image."""
+        self._detections[image_id] = detections
+        self._partial.add(image_id, detections)
+
+    def finish(self) -> dict[str, dict[str, float]] | None:
+        """Score the detections of all processes and write the results, see :func:`evaluate_detections`.
+
+        Returns:
+            The metrics on the main process, None elsewhere.
+        """
+        self._partial.write()
+        gathered = self._gather(self._detections)
+        if not self._is_main:
+            return None
+        found = {image_id: detections for share in gathered for image_id, detections in share.items()}
+        # In the order of the data set, whoever found them: results do not depend on the number of processes.
+        detections = {record.image_id: found[record.image_id] for record in self._records}
+        results = evaluate_detections(self._cfg, self._dataset_name, self._records, detections)
+        self._partial.remove()
+        return results
+
+
+def evaluate_detections(
+    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, ImageDetections]
+) -> dict[str, dict[str, float]]:
+    """Score a data set's detections and write results, detections and PR curves under ``OUTPUT_DIR/inference``.
+
+    A data set in COCO's format gets COCO's average precision, and with a single class that of WIDER FACE as well; FDDB
+    gets its ROC; every other one the average precision of WIDER FACE.
+
+    Args:
+        records: the images of ``dataset_name``.
+        detections: by image id.
+
+    Returns:
+        Metrics in percent by protocol. "wider_face": ``AP_all``, ``AP@16``, ..., with the official files also
+        ``AP_easy``, ``AP_medium`` and ``AP_hard``. "coco": ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``,
+        ``AR``, and ``AP-<class>`` where there are several classes. "fddb": ``discrete@n`` and ``continuous@n``, the
+        true positive rates at n = 200, 500 and 1,000 false positives, and with ``_fitted`` those of ellipses.
+    """
+    missing = len(records) - len(detections)
+    if missing:
+        logger.warning(f"{dataset_name}: {missing} of {len(records)} images were not looked at and count as empty")
+    results = {}
+    protocol, paths = evaluation_protocol(dataset_name, cfg.DATASETS)
+    if protocol == "fddb":
+        results["fddb"] = _evaluate_fddb(cfg, dataset_name, *paths, detections)
+    if protocol == "coco":
+        results["coco"] = _evaluate_coco(cfg, dataset_name, paths[0], detections)
+    if protocol == "wider_face" or (protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1):
+        results["wider_face"] = _evaluate_wider_face(cfg, dataset_name, records, detections)
+    return results
+
+
+def _evaluate_wider_face(
+    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, ImageDetections]
+) -> dict[str, float]:
+    scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
+    if cfg.TEST.WIDER_GROUND_TRUTH:
+        metric = WiderFaceAP.from_official(cfg.TEST.WIDER_GROUND_TRUTH, scales=scales)
+    else:
+        metric = WiderFaceAP.from_records(records, scales=scales)
+    for image_id, found in detections.items():
+        metric.update(image_id, found.boxes, found.scores, found.anchor_scales)
+    result = metric.compute()
+
+    folder = _folder(cfg, dataset_name)
+    for image_id, found in detections.items():
+        write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores)
+    result.to_json(os.path.join(folder, "results.json"))
+    result.plot(os.path.join(folder, "pr_curves.png"))
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
+    return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}
+
+
+def _evaluate_coco(
+    cfg: CfgNode, dataset_name: str, annotations: str, detections: dict[str, ImageDetections]
+) -> dict[str, float]:
+    metric = CocoAP.from_file(annotations, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
+    for image_id, found in detections.items():
+        metric.update(image_id, found.boxes, found.scores, found.classes)
+    result = metric.compute()
+
+    folder = _folder(cfg, dataset_name)
+    metric.write_detections(os.path.join(folder, "coco_instances_results.json"))
+    result.to_json(os.path.join(folder, "coco_results.json"))
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
+    values = dict(result.metrics)
+    if len(result.class_ap) > 1:
+        values.update({f"AP-{name}": ap for name, ap in result.class_ap.items()})
+    return {name: 100 * value for name, value in values.items()}
+
+
+def _evaluate_fddb(
+    cfg: CfgNode, dataset_name: str, annotations: str, image_root: str, detections: dict[str, ImageDetections]
+) -> dict[str, float]:
+    images = read_annotations(annotations, image_root)
+    metric = fddb.FDDBRoc(images)
+    for image_id, found in detections.items():
+        metric.update(image_id, found.boxes, found.scores)
+    results = {"rectangles": metric.compute("none")}
+    try:
+        results["fitted ellipses"] = metric.compute("fitted")
+    except ValueError as error:
+        logger.warning(f"{dataset_name}: {error}")
+
+    folder = _folder(cfg, dataset_name)
+    boxes_and_scores = {image_id: (found.boxes, found.scores) for image_id, found in detections.items()}
+    write_fddb_predictions(os.path.join(folder, "predictions"), images, boxes_and_scores)
+    fddb.write_json(os.path.join(folder, "results.json"), results)
+    fddb.plot(os.path.join(folder, "roc.png"), results)
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{fddb.table(results)}")
+    rates = {}
+    for suffix, result in zip(("", "_fitted"), results.values()):
+        for number in fddb.OPERATING_POINTS:
+            discrete, continuous = result.at(number)
+            rates[f"discrete@{number}{suffix}"] = 100 * discrete
+            rates[f"continuous@{number}{suffix}"] = 100 * continuous
+    return rates
+
+
+def _folder(cfg: CfgNode, dataset_name: str) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+
+
+def _fingerprint(cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], model: nn.Module) -> str:
+    """Digest of all that detections depend on: weights, configuration, images, and the versions of the code."""
+    module = getattr(model, "module", model)  # within DistributedDataParallel
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        digest.update(json.dumps(value).encode())
+
+    add([__version__, torch.__version__, f"{type(module).__module__}.{type(module).__qualname__}", dataset_name])
+    config = cfg.clone()
+    config.defrost()
+    config.MODEL.WEIGHTS = ""  # a name; the weights themselves follow
+    add([config.MODEL.dump(), config.INPUT.dump(), config.TEST.dump()])
+    for record in records:
+        add([record.image_id, record.file_name, record.height, record.width, _file_state(record.file_name)])
+    for name, value in module.state_dict().items():
+        add([name, str(value.dtype), list(value.shape)])
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _file_state(file_name: str) -> tuple[int, int] | None:
+    """Size and time of the last change; None for an image that is not a file."""
+    try:
+        state = os.stat(file_name)
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""FDDB's discrete and continuous ROC of any detector's result files.
+
+    python evaluate_fddb.py --predictions DIR --annotations DIR [--images DIR] [--ellipse none|fitted|s3fd ...]
+                            [--regressor Fit.mat] [--plot OUT.png] [--json OUT.json]
+
+The predictions are fold-01-out.txt to fold-10-out.txt (per image its name, the number of detections, lines
+"x y w h score"); the annotations are the folder of FDDB-fold-XX.txt and FDDB-fold-XX-ellipseList.txt. Detections are
+clipped to the images, whose sizes come from image_sizes.csv among the annotations, else from the files below --images.
+
+--ellipse none scores the rectangles, as the official evaluation does; fitted turns them into ellipses by least squares,
+each fold by a regressor fitted to the other nine; s3fd by the regressor that the authors of S3FD published
+(--regressor; needs h5py). Several may be given, to compare them. Needs neither model nor torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from group_sampling.evaluation.fddb import FDDBResult, FDDBRoc, plot, table, write_json
+from group_sampling.evaluation.fddb_predictions import read_fddb_predictions
+from group_sampling.evaluation.fddb_regressor import EllipseRegressor
+
+
+def evaluate(
+    predictions: Path,
+    annotations: Path,
+    images: Path | None = None,
+    ellipses: Sequence[str] = ("none",),
+    regressor: Path | None = None,
+) -> dict[str, FDDBResult]:
+    """Evaluate a result set, once for each of ``ellipses``.
+
+    Raises ValueError, OSError or ModuleNotFoundError for input that is not as documented.
+    """
+    if "s3fd" in ellipses and regressor is None:
+        raise ValueError("--ellipse s3fd needs --regressor, S3FD's Fit.mat")
+    s3fd = EllipseRegressor.from_s3fd(regressor) if "s3fd" in ellipses else None
+    evaluator = FDDBRoc.from_folder(annotations, images)
+    for image_id, boxes, scores in read_fddb_predictions(predictions):
+        evaluator.update(image_id, boxes, scores)
+    results = {}
+    for ellipse in ellipses:
+        progress = partial(tqdm, desc=ellipse, unit="image", disable=None)
+        results[ellipse] = evaluator.compute(s3fd if ellipse == "s3fd" else ellipse, progress=progress)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--predictions", type=Path, required=True, help="folder of result files, or one file")
+    parser.add_argument("--annotations", type=Path, required=True, help="folder of the published folds")
+    parser.add_argument("--images", type=Path, help="folder of the images (where there is no image_sizes.csv)")
+    parser.add_argument("--ellipse", nargs="+", choices=("none", "fitted", "s3fd"), default=["none"])
+    parser.add_argument("--regressor", type=Path, help="S3FD's Fit.mat")
+    parser.add_argument("--plot", type=Path, help="write the ROC curves to this image (.png, .pdf, .svg)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args(argv)
+
+    try:
+        results = evaluate(args.predictions, args.annotations, args.images, args.ellipse, args.regressor)
+        print(table(results))
+        counts = next(iter(results.values())).counts
+        print(
+            "{images} images, {images_without_predictions} of them without predictions; {faces} faces".format(**counts)
+        )
+        if args.json:
+            write_json(args.json, results)
+        if args.plot:
+            plot(args.plot, results, title=f"FDDB: {args.predictions.name}")
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

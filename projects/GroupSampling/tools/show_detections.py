@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""Draw what a trained detector finds on an image, at a single scale and on an image pyramid.
+
+    python show_detections.py --config-file FILE --weights FILE --image photo.jpg --output found.png
+    python show_detections.py ... --image val/000003 --scales 0.5 1 2 --flip DATASETS.TEST "('synthetic_faces_val',)"
+
+An image is a file, or the id of an image of DATASETS.TEST, whose annotated faces are drawn as well. With --scales there
+are two panels: the single-scale test, and the pyramid. Runs on either engine, whichever trained the weights.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torchvision.ops import box_iou
+
+from group_sampling.data.catalog import MissingDatasetError
+from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError, read_image
+from group_sampling.engines import ENGINES, resolve_engine
+from group_sampling.engines.common import ConfigError, load_records
+from group_sampling.files import write_atomically
+
+FACE_COLOUR, FOUND_COLOUR = "lime", "red"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the detector's config")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint, of either engine")
+    parser.add_argument("--image", required=True, help="an image file, or the id of an image of DATASETS.TEST")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture, .png, .jpg, .pdf ...")
+    parser.add_argument("--scales", type=float, nargs="+", default=(), help="factors of the pyramid's levels")
+    parser.add_argument("--flip", action="store_true", help="the pyramid has the mirror image of every level, too")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="draw detections of this score or more")
+    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
+    return parser.parse_args(argv)
+
+
+# (config, image (H, W, 3) uint8) -> boxes (k, 4) and scores (k,), found on the config's image pyramid
+Detect = Callable[[CfgNode, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def load_detector(engine: str, config_file: str, weights: str, opts: list[str]) -> tuple[CfgNode, Detect]:
+    """The config, and the detector of these weights."""
+    if engine == "detectron2":
+        from detectron2.config import get_cfg
+        from detectron2.modeling import build_model
+
+        from group_sampling.engines.common import check_config, merge_config
+        from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA, add_group_sampling_config
+
+        cfg = get_cfg()
+        add_group_sampling_config(cfg)
+        merge_config(cfg, config_file, opts)
+        check_config(cfg)
+        model = build_model(cfg).eval()
+
+        def detect(cfg: CfgNode, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = GroupSamplingTTA(cfg, model)([{"image": torch.as_tensor(image).permute(2, 0, 1)}])[0]["instances"]
+            return found.pred_boxes.tensor.cpu().numpy(), found.scores.cpu().numpy()
+    else:
+        from group_sampling.engines.tv.config import load_config
+        from group_sampling.engines.tv.model import build_model
+        from group_sampling.engines.tv.train import GroupSamplingCheckpointer
+        from group_sampling.engines.tv.tta import GroupSamplingTTA
+
+        cfg = load_config(config_file, opts)
+        model = build_model(cfg).to(cfg.MODEL.DEVICE).eval()
+
+        def detect(cfg: CfgNode, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = GroupSamplingTTA(cfg, model)([torch.as_tensor(image).permute(2, 0, 1).to(cfg.MODEL.DEVICE)])[0]
+            return found["boxes"].cpu().numpy(), found["scores"].cpu().numpy()
+
+    GroupSamplingCheckpointer(model).load(weights)
+    return cfg, detect
+
+
+def with_pyramid(cfg: CfgNode, scales: Sequence[float], flip: bool) -> CfgNode:
+    """A copy of ``cfg`` with these levels; scale 1 alone is the single-scale test."""
+    cfg = cfg.clone()
+    cfg.TEST.PYRAMID.SCALES = tuple(scales)
+    cfg.TEST.PYRAMID.FLIP = flip
+    return cfg
+
+
+def find_image(cfg: CfgNode, image: str) -> ImageRecord:
+    """The record of a file, without annotations, or of an image of ``DATASETS.TEST``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if Path(image).is_file():
+        nothing = np.zeros(0, dtype=np.int64)
+        return ImageRecord(image, image, None, None, np.zeros((0, 4), dtype=np.float32), nothing, nothing.astype(bool))
+    for record in load_records(cfg, cfg.DATASETS.TEST):
+        if record.image_id == image:
+            return record
+    raise ConfigError(f"--image {image}: neither a file nor the id of an image of DATASETS.TEST {cfg.DATASETS.TEST}")
+
+
+def count_found(faces: np.ndarray, boxes: np.ndarray) -> int:
+    """How many of ``faces`` (m, 4) overlap a box of ``boxes`` (k, 4) with an IoU of 0.5 or more."""
+    if not len(faces) or not len(boxes):
+        return 0
+    return int((box_iou(torch.as_tensor(faces), torch.as_tensor(boxes)).amax(dim=1) >= 0.5).sum())
+
+
+def draw(image: np.ndarray, faces: np.ndarray, panels: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Draw a panel for each title: its boxes (k, 4) with their scores (k,), and the annotated faces (m, 4)."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(5 * len(panels), 5 * height / width + 0.7), dpi=100, layout="constrained")
+    for axes, (title, (boxes, scores)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axes.imshow(image)
+        axes.axis("off")
+        axes.set_title(title, fontsize=10)
+        for x1, y1, x2, y2 in faces:
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=FACE_COLOUR, ls="--", lw=1.5))
+        for (x1, y1, x2, y2), score in zip(boxes, scores):
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=FOUND_COLOUR, lw=1.2))
+            box = {"facecolor": FOUND_COLOUR, "alpha": 0.6, "linewidth": 0, "pad": 0.5}
+            axes.text(x1, y1, f"{score:.2f}", fontsize=6, color="white", va="bottom", bbox=box)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:] or "png")
+    write_atomically(path, content.getvalue())
+
+
+def show(args: argparse.Namespace) -> None:
+    engine = resolve_engine(args.engine)
+    cfg, detect = load_detector(engine, args.config_file, args.weights, args.opts)
+    record = find_image(cfg, args.image)
+    image, faces = read_image(record), record.boxes[~record.ignore]
+    tests = {"single scale": ((1.0,), False)}
+    if args.scales:
+        mirrored = ", mirrored as well" if args.flip else ""
+        tests[f"scales {', '.join(f'{scale:g}' for scale in args.scales)}{mirrored}"] = (args.scales, args.flip)
+    panels = {}
+    for title, (scales, flip) in tests.items():
+        boxes, scores = detect(with_pyramid(cfg, scales, flip), image)
+        shown = scores >= args.score_threshold
+        boxes, scores = boxes[shown], scores[shown]
+        summary = f"{title}: {len(boxes)} detections of score ≥ {args.score_threshold:g}"
+        if len(faces):
+            summary += f"\n{count_found(faces, boxes)} of {len(faces)} faces found (IoU ≥ 0.5)"
+        panels[summary] = boxes, scores
+        print(summary.replace("\n", ", "))
+    draw(image, faces, panels, args.output)
+    print(f"engine: {engine}; {args.output}: detections {FOUND_COLOUR}, annotated faces {FACE_COLOUR} and dashed")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        show(args)
+    except (ConfigError, MissingDatasetError, AnnotationError, UnreadableImageError, ValueError, OSError) as error:
+        sys.exit(f"show_detections.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

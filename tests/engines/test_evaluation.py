@@ -1,0 +1,370 @@
+"""Evaluation by both engines: several processes, interruption, COCO-format data, Detectron2's evaluators."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tv_cases
+from PIL import Image
+from torch import nn
+from tv_cases import write_tiny_config
+
+import group_sampling.engines.tv.train as tv_train
+from group_sampling.data.catalog import load_dataset
+from group_sampling.engines.evaluation import Evaluation
+from group_sampling.engines.tv.config import load_config
+from group_sampling.engines.tv.model import build_model
+from group_sampling.evaluation import CocoAP, WiderFaceAP, read_predictions
+from group_sampling.evaluation.partial import ImageDetections
+
+NAME = "synthetic_faces_val"
+MTCNN = "fddb/detections_with_roc/MTCNN"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_cfg(folder, *opts):
+    cfg = load_config(write_tiny_config(folder), ["OUTPUT_DIR", str(folder / "out"), *map(str, opts)])
+    cfg.freeze()
+    return cfg
+
+
+def found_in(record):
+    """Detections as a function of the image: its boxes, moved a little."""
+    rng = np.random.default_rng(len(record.boxes) + sum(map(ord, record.image_id)))
+    boxes = (record.boxes + rng.uniform(0, 3, record.boxes.shape).cumsum(axis=1)).astype(np.float32)
+    scales = rng.choice([16, 32, 64, 128], len(boxes)).astype(np.float32)
+    classes = np.zeros(len(boxes), dtype=np.int64)
+    return ImageDetections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
+
+
+def outputs(folder):
+    """Content of every file that an evaluation leaves."""
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Simulated:
+    """The processes of an evaluation, one after the other; stops each after ``limit`` images."""
+
+    def __init__(self, cfg, records, model, world_size, *, resume, limit=None):
+        self.seen, self.ranks, main = [], [], []
+        for rank in range(world_size):
+            gather = {
+                "all_gather": lambda value: main.append(value) or [main[0]],
+                "gather": lambda value: [other._detections for other in self.ranks],
+            }
+            ours = Evaluation(cfg, NAME, records, model, resume=resume, rank=rank, world_size=world_size, **gather)
+            self.ranks.append(ours)
+        for ours in self.ranks:
+            ours._partial._max_images = 1
+            for record in ours.share[:limit]:
+                self.seen.append(record.image_id)
+                ours.add(record.image_id, found_in(record))
+
+    def finish(self):
+        results = [ours.finish() for ours in reversed(self.ranks)]  # the main process last
+        assert all(result is None for result in results[:-1])
+        return results[-1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_shares_are_merged_without_duplicates(tmp_path, count):
+    """The files left do not depend on the number of processes, whatever divides."""
+    cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", max(count, 1))
+    records = load_dataset(NAME, cfg.DATASETS)[:count]
+    model, expected = nn.Linear(1, 1), None
+    for world_size in (1, 2, 3):
+        run = Simulated(cfg, records, model, world_size, resume=False)
+        assert sorted(run.seen) == sorted(record.image_id for record in records)
+        results = run.finish()
+        found = outputs(Path(cfg.OUTPUT_DIR))
+        assert len([name for name in found if name.suffix == ".txt"]) == count
+        expected = expected or (results, found)
+        np.testing.assert_equal(results, expected[0])
+        assert found == expected[1]
+
+
+@pytest.mark.parametrize("first, second", [(1, 1), (3, 1), (1, 2), (2, 3)])
+def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
+    cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 9)
+    records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
+    expected = Simulated(cfg, records, model, 1, resume=False).finish()
+    files = outputs(Path(cfg.OUTPUT_DIR))
+
+    interrupted = Simulated(cfg, records, model, first, resume=False, limit=2)
+    resumed = Simulated(cfg, records, model, second, resume=True)
+    assert sorted(interrupted.seen + resumed.seen) == sorted(record.image_id for record in records)
+    np.testing.assert_equal(resumed.finish(), expected)
+    assert outputs(Path(cfg.OUTPUT_DIR)) == files
+
+
+def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
+    cfg = make_cfg(tmp_path)
+    records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
+    monkeypatch.setattr("group_sampling.engines.evaluation.write_predictions", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Simulated(cfg, records, model, 1, resume=False).finish()
+    assert Simulated(cfg, records, model, 1, resume=True).seen == []
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "data set", "image file", "no --resume", "damage"])
+def test_what_is_not_taken_up(tmp_path, caplog, change):
+    for i in range(4):
+        path = tmp_path / f"images/e/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), i, dtype=np.uint8)).save(path)
+    lines = [line for i in range(4) for line in (f"e/{i}.png", "1", "5 5 20 20 0 0 0 0 0 0")]
+    (tmp_path / "gt.txt").write_text("\n".join(lines))
+    sets = ["DATASETS.WIDER_FORMAT", f"(('{NAME}2', '{tmp_path}/gt.txt', '{tmp_path}/images'),)"]
+    cfg, model = make_cfg(tmp_path, *sets), nn.Linear(1, 1)
+    records = load_dataset(f"{NAME}2", cfg.DATASETS)
+    Simulated(cfg, records, model, 1, resume=False, limit=3)
+    partial = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "partial"
+    assert len(list(partial.iterdir())) == 3
+    if change == "weights":
+        model.bias.data += 1e-7
+    elif change == "config":
+        cfg = make_cfg(tmp_path, *sets, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.31)
+    elif change == "data set":
+        records = records[1:]
+    elif change == "image file":
+        os.utime(records[0].file_name, (1, 1))
+    elif change == "damage":
+        for file in partial.iterdir():
+            file.write_bytes(file.read_bytes()[:-1])
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run = Simulated(cfg, records, model, 1, resume=change != "no --resume")
+    assert len(run.seen) == len(records)
+    notice = {"no --resume": "--resume would go on", "damage": "is damaged and left out"}
+    assert notice.get(change, "are of other weights, another configuration or another data set") in caplog.text
+    assert "going on" not in caplog.text
+    run.finish()
+    assert not partial.exists()
+
+
+def evaluation_command(engine, folder, weights, *opts, resume=False):
+    repository = Path(__file__).parents[2]
+    command = [sys.executable, str(repository / "train_net.py"), "--engine", engine, "--eval-only"]
+    command += ["--resume"] if resume else []
+    opts = ["OUTPUT_DIR", folder, "MODEL.WEIGHTS", weights, "DATASETS.SYNTHETIC.NUM_VAL", 300, *opts]
+    size = ["DATASETS.SYNTHETIC.HEIGHT", 64, "DATASETS.SYNTHETIC.WIDTH", 64, "TEST.DETECTIONS_PER_IMAGE", 20]
+    command += ["--config-file", write_tiny_config(Path(folder).parent), *opts, *size]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return {"args": list(map(str, command)), "env": environment, "text": True}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_killed_and_resumed(tmp_path, engine):
+    """SIGKILL in the middle of train_net.py --eval-only; --resume does the rest, and the results are the same bytes."""
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip("Detectron2 is not installed")
+    torch.manual_seed(0)
+    torch.save(build_model(make_cfg(tmp_path)).state_dict(), tmp_path / "model.pth")
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    parts = broken / "inference" / NAME / "partial"
+    process = subprocess.Popen(**evaluation_command(engine, broken, tmp_path / "model.pth"))
+    try:
+        while not list(parts.glob("*.part")):
+            assert process.poll() is None, "ended before it was killed"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (parts.parent / "results.json").exists()
+
+    resumed = subprocess.run(
+        **evaluation_command(engine, broken, tmp_path / "model.pth", resume=True), capture_output=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on with an interrupted evaluation, which has finished" in resumed.stdout
+    assert not parts.exists()
+    subprocess.run(**evaluation_command(engine, whole, tmp_path / "model.pth"), check=True, capture_output=True)
+    found, expected = outputs(broken / "inference"), outputs(whole / "inference")
+    assert len(expected) == 302 and found == expected
+
+
+def write_coco_set(folder, num_images=6):
+    """Images with a few objects of one class, a crowd among them, and the config's declaration of the set."""
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir(parents=True)
+    images, annotations = [], []
+    for image in range(3, 3 + num_images):
+        pixels = rng.integers(0, 255, (120, 160, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"photos/{image}.png")
+        images.append({"id": image, "file_name": f"{image}.png", "height": 120, "width": 160})
+        for index in range(rng.integers(0, 6)):
+            box = [*rng.integers(0, 80, 2).tolist(), *rng.integers(15, 70, 2).tolist()]
+            box[3] = min(box[3], 120 - box[1])
+            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": 9, "bbox": box}
+            annotations.append({**annotation, "area": box[2] * box[3], "iscrowd": int(index == 4)})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 9, "name": "face"}]}
+    (folder / "coco.json").write_text(json.dumps(content))
+    declared = f"(('mine', '{folder}/coco.json', '{folder}/photos'),)"
+    return ["DATASETS.COCO_FORMAT", declared, "DATASETS.TEST", "('mine',)"]
+
+
+class Oracle(nn.Module):
+    """Answers both engines' calls with what :func:`found_in` says; knows an image by its first pixels."""
+
+    def __init__(self, records):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.records = {np.asarray(Image.open(r.file_name))[:2, :4].tobytes(): r for r in records}
+
+    def find(self, image):
+        return found_in(self.records[image[:, :2, :4].permute(1, 2, 0).byte().numpy().tobytes()])
+
+    def forward(self, images):
+        if isinstance(images[0], torch.Tensor):
+            answers = []
+            for image in images:
+                boxes, scores, classes, scales = map(torch.from_numpy, self.find(image))
+                answers.append({"boxes": boxes, "scores": scores, "labels": classes, "anchor_scales": scales})
+            return answers
+        from detectron2.structures import Boxes, Instances
+
+        answers = []
+        for image in images:
+            boxes, scores, classes, scales = map(torch.from_numpy, self.find(image["image"]))
+            found = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes))
+            found.pred_boxes.clip(found.image_size)
+            found.scores, found.pred_classes, found.anchor_scales = scores, classes, scales
+            answers.append({"instances": found})
+        return answers
+
+
+def test_coco_format_on_both_engines(tmp_path):
+    """COCO's and WIDER FACE's figures of the same detections, equal to those of the metrics called by hand."""
+    opts = write_coco_set(tmp_path / "data")
+    cfg = make_cfg(tmp_path, *opts, "INPUT.MIN_SIZE_TEST", 0)
+    records = load_dataset("mine", cfg.DATASETS)
+    model = Oracle(records)
+    metrics = tv_train.evaluate(cfg, model, torch.device("cpu"))
+
+    coco = CocoAP.from_file(tmp_path / "data/coco.json", max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
+    wider = WiderFaceAP.from_records(records)
+    for record in records:
+        found = found_in(record)
+        boxes = found.boxes.clip(0, [160, 120, 160, 120])
+        coco.update(record.image_id, boxes, found.scores, found.classes)
+        wider.update(record.image_id, boxes, found.scores, found.anchor_scales)
+    expected = {f"coco/{name}": 100 * value for name, value in coco.compute().metrics.items()}
+    assert 0 < expected["coco/AP"] < 100
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert metrics["wider_face/AP_all"] == pytest.approx(100 * wider.compute().ap["all"])
+    folder = Path(cfg.OUTPUT_DIR) / "inference/mine"
+    rows = json.loads((folder / "coco_instances_results.json").read_text())
+    assert {row["category_id"] for row in rows} == {9} and {row["image_id"] for row in rows} <= set(range(3, 9))
+    assert json.loads((folder / "coco_results.json").read_text())["protocol"] == "COCO"
+
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+
+    from group_sampling.engines.d2 import GroupSamplingEvaluator, Trainer
+    from group_sampling.engines.d2.train import setup
+
+    args = Namespace(config_file=str(tmp_path / "tiny.yaml"), resume=False, eval_only=True)
+    args.opts = [*opts, "INPUT.MIN_SIZE_TEST", "0", "OUTPUT_DIR", str(tmp_path / "d2")]
+    d2_cfg = setup(args)
+    ours = Trainer.test(d2_cfg, model)
+    assert {f"coco/{name}": value for name, value in ours["coco"].items()} == pytest.approx(expected, nan_ok=True)
+    assert ours["wider_face"]["AP_all"] == pytest.approx(metrics["wider_face/AP_all"])
+
+    # Detectron2's own evaluator, alone and beside ours, in the same hook.
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    theirs = COCOEvaluator("mine", output_dir=str(tmp_path / "theirs"), max_dets_per_image=limit)
+    both = DatasetEvaluators([GroupSamplingEvaluator(d2_cfg, "mine"), theirs])
+    for results in (Trainer.test(d2_cfg, model, theirs)["bbox"], Trainer.test(d2_cfg, model, [both])["bbox"]):
+        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
+            assert results[name] == pytest.approx(ours["coco"][name], abs=1e-6, nan_ok=True), name
+
+
+def test_predictions_are_a_submission(tmp_path):
+    """What an evaluation leaves evaluates to the same AP from the folder, and packed as users hand it in."""
+    cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 12)
+    records = load_dataset(NAME, cfg.DATASETS)
+    results = Simulated(cfg, records, nn.Linear(1, 1), 2, resume=False)
+    ap = results.finish()["wider_face"]["AP_all"]
+    folder = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "predictions"
+    packed = [folder]
+    for kind in ("zip", "xztar", "gztar"):
+        packed.append(Path(shutil.make_archive(str(tmp_path / kind), kind, folder.parent, "predictions")))
+    for path in packed:
+        metric = WiderFaceAP.from_records(records)
+        for image_id, boxes, scores in read_predictions(path):
+            metric.update(image_id, boxes, scores)
+        assert 100 * metric.compute().ap["all"] == pytest.approx(ap, abs=1e-9), path
+
+
+def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
+    """The published detections of MTCNN give the official evaluation's rates, from either engine's way in."""
+    from group_sampling.evaluation.fddb_predictions import read_fddb_predictions
+
+    (tmp_path / "fddb/originalPics").mkdir(parents=True)
+    (tmp_path / "fddb/FDDB-folds").symlink_to(shared_data / "fddb/annotations")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg = make_cfg(tmp_path, "DATASETS.TEST", "('fddb',)")
+    records = load_dataset("fddb", cfg.DATASETS)
+    evaluation = Evaluation(cfg, "fddb", records, nn.Linear(1, 1), resume=False)
+    published = {image_id: found for image_id, *found in read_fddb_predictions(shared_data / MTCNN)}
+    for record in evaluation.share:
+        boxes, scores = (np.float32(values) for values in published[record.image_id])
+        evaluation.add(record.image_id, ImageDetections(boxes, scores, np.zeros(len(scores), np.int64), None))
+    rates = evaluation.finish()["fddb"]
+    assert rates["discrete@500"] == pytest.approx(89.6345, abs=0.02)  # the curve ends at 249 false positives
+    assert rates["continuous@500"] == pytest.approx(67.4485, abs=0.02)
+    assert rates["continuous@500_fitted"] > rates["continuous@500"]
+    folder = Path(cfg.OUTPUT_DIR) / "inference/fddb"
+    assert {path.name for path in folder.iterdir()} == {"predictions", "results.json", "roc.png"}
+    assert len(list((folder / "predictions").iterdir())) == 10
+
+
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
+    """--resume of a finished training evaluates, without the image that was finished before."""
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip("Detectron2 is not installed")
+    args = tv_cases.arguments(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()", "INPUT.MIN_SIZE_TEST", 0)
+    if engine == "torchvision":
+        run, build, checkpointer = tv_train.main, build_model, tv_train.GroupSamplingCheckpointer
+        run(args)
+        cfg = load_config(args.config_file, args.opts)
+    else:
+        from group_sampling.engines.d2 import GroupSamplingCheckpointer, Trainer
+        from group_sampling.engines.d2.train import _work, setup
+
+        run, build, checkpointer = _work, Trainer.build_model, GroupSamplingCheckpointer
+        run(args)
+        cfg = setup(args)
+    model = build(cfg)
+    checkpointer(model).load(str(tmp_path / "model_final.pth"))
+    first, *others = records = load_dataset(NAME, cfg.DATASETS)
+    interrupted = Evaluation(cfg, NAME, records, model, resume=False)
+    mark = ImageDetections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
+    interrupted.add(first.image_id, mark)
+    interrupted._partial.write()
+
+    args.resume = True
+    run(args)
+    found = {i: boxes for i, boxes, _ in read_predictions(tmp_path / "inference" / NAME / "predictions")}
+    assert found[first.image_id].tolist() == [[1, 2, 3, 4]]
+    assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)

@@ -88,7 +88,7 @@ def write_report(
             "samples_per_scale.png",
             "Training samples of every scale",
             "Positives and negatives that the classifier saw in an image, averaged over the training (paper, Fig. 2).",
-            lambda path: plot_samples(runs, path),
+            lambda path: plot_samples({run.name: run.samples_per_scale() for run in runs}, path),
         ),
         (
             "pr_curves.png",
@@ -194,20 +194,89 @@ def _save(figure, path: Path) -> None:
     write_atomically(path, image.getvalue())
 
 
-def plot_samples(runs: Sequence[Run], path: Path) -> None:
-    """Bars of positives and negatives of every scale, a panel a run (paper, Fig. 2)."""
-    figure = _figure(5 * len(runs), 4)
-    for axes, run in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs):
-        samples = run.samples_per_scale()
-        position = np.arange(len(samples))
+def plot_samples(
+    samples: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, log: bool = False, columns: int = 5
+) -> None:
+    """Bars of positives and negatives of every scale, a panel a detector (paper, Fig. 2).
+
+    Args:
+        samples: name of the detector -> anchor scale -> mean positives and negatives in an image.
+        log: logarithmic axis, for detectors whose counts differ by orders of magnitude.
+        columns: panels in a row.
+    """
+    columns = min(columns, len(samples))
+    rows = -(-len(samples) // columns)
+    figure = _figure(max(3.6, 10 / columns) * columns, 4 * rows)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axes, (name, counts) in zip(panels, samples.items()):
+        position = np.arange(len(counts))
         for offset, (label, column) in zip((-0.2, 0.2), (("positives", 0), ("negatives", 1))):
-            values = [counts[column] for counts in samples.values()]
+            values = [count[column] for count in counts.values()]
             bars = axes.bar(position + offset, values, 0.4, label=label, color=f"C{column}")
-            axes.bar_label(bars, fmt="%.1f", fontsize=8)
-        axes.set_xticks(position, list(samples))
-        axes.set(title=run.name, xlabel="anchor scale (px)", ylabel="samples per image")
+            axes.bar_label(bars, labels=[_short(value) for value in values], fontsize=7 if columns > 2 else 8)
+        axes.set_xticks(position, list(counts))
+        axes.set(title=name, xlabel="anchor scale (px)", ylabel="samples per image")
+        axes.label_outer()
+        if log:
+            axes.set_yscale("log")
         axes.margins(y=0.25)  # room for the legend
         axes.legend(loc="upper left", ncols=2)
+    for axes in panels[len(samples) :]:
+        axes.axis("off")
+    _save(figure, path)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def plot_ap_bars(
+    rows: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, paper: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Bars of the average precision of every row of a table, a group of bars a subset.
+
+    Args:
+        rows: label -> subset -> mean and standard deviation over the seeds, in percent.
+        paper: label -> subset -> what the paper reports, in percent; drawn as crosses.
+    """
+    subsets = list(dict.fromkeys(subset for values in rows.values() for subset in values))
+    width = 0.85 / max(1, len(rows))
+    figure = _figure(10, 4.5)
+    axes = figure.subplots()
+    for index, (label, values) in enumerate(rows.items()):
+        color = f"C{index % 10}"
+        hatch = "//" if index >= 10 else None
+        position = np.arange(len(subsets)) + (index - (len(rows) - 1) / 2) * width
+        means, deviations = zip(*(values.get(subset, (np.nan, np.nan)) for subset in subsets)) if subsets else ((), ())
+        axes.bar(position, means, width, yerr=deviations, label=label, color=color, hatch=hatch, capsize=2)
+        known = [(x, paper[label][s]) for x, s in zip(position, subsets) if s in paper.get(label, {})]
+        if known:
+            axes.scatter(*zip(*known), marker="x", color="black", zorder=3)
+    if any(paper.get(label) for label in rows):
+        axes.scatter([], [], marker="x", color="black", label="paper (WIDER FACE)")
+    axes.set_xticks(range(len(subsets)), [subset.capitalize() for subset in subsets])
+    axes.set(ylabel="AP (%)", ylim=(0, 100))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(figure, path)
+
+
+def plot_ap_lines(lines: Mapping[str, Sequence[tuple[str, float, float]]], path: Path, *, xlabel: str) -> None:
+    """AP over a setting, a line a detector with error bars (paper, Fig. 4).
+
+    Args:
+        lines: label -> points (tick label, mean, standard deviation over the seeds), in percent; NaN leaves a gap.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    for label, points in lines.items():
+        ticks, means, deviations = zip(*points)
+        axes.errorbar(range(len(ticks)), means, yerr=deviations, marker="o", capsize=3, label=label)
+        axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlabel=xlabel, ylabel="AP, all faces (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
     _save(figure, path)
 
 

@@ -11,19 +11,17 @@ import argparse
 import json
 import platform
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from tqdm import tqdm
 
 from group_sampling.data.catalog import load_dataset
 from group_sampling.engines import ENGINES, resolve_engine
 from group_sampling.files import write_atomically
+from group_sampling.jobs import Job, run_jobs
 from group_sampling.report import Run, write_report
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -43,38 +41,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> None:
-    """Run train_net.py with a progress bar fed from its metrics.json; its own output goes to console.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
+def job(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> Job:
     command = [sys.executable, str(REPOSITORY / "train_net.py"), "--engine", engine]
     command += ["--config-file", str(CONFIGS / f"{config}.yaml"), "OUTPUT_DIR", str(folder), "SEED", str(seed), *opts]
-    console = folder / "console.txt"
-    with console.open("w") as log, tqdm(desc=title, unit="it", dynamic_ncols=True) as bar:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY)
-        try:
-            while process.poll() is None:
-                time.sleep(1)
-                show_progress(bar, folder)
-        except BaseException:
-            process.terminate()
-            raise
-        show_progress(bar, folder)
-    if process.returncode != 0:
-        tail = "\n".join(console.read_text().splitlines()[-20:])
-        sys.exit(f"{title} failed with exit code {process.returncode}; the end of {console}:\n{tail}")
-
-
-def show_progress(bar: tqdm, folder: Path) -> None:
-    if not (folder / "metrics.json").exists():
-        return
-    rows = [row for row in Run("", folder).metrics() if "total_loss" in row]
-    if not rows:
-        return
-    bar.total = bar.total or yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"]
-    bar.set_postfix_str(
-        "evaluating" if rows[-1]["iteration"] + 1 >= bar.total else f"loss {rows[-1]['total_loss']:.3f}", refresh=False
-    )
-    bar.update(rows[-1]["iteration"] + 1 - bar.n)
+    return Job(title, command, folder)
 
 
 def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str) -> dict:
@@ -107,17 +77,20 @@ def main() -> None:
     engine = resolve_engine(args.engine)
     print(f"engine: {engine}")
     runs: dict[str, list[Run]] = {name: [] for name in DETECTORS}
-    jobs = [(seed, name) for seed in args.seeds for name in DETECTORS]
-    for number, (seed, name) in enumerate(jobs, 1):
-        run = Run(name, args.output / f"seed{seed}" / DETECTORS[name])
-        done = run.folder / "inference" / DATASET / "results.json"
-        title = f"[{number}/{len(jobs)}] {name}, seed {seed}"
-        if args.fresh or not done.exists():
-            shutil.rmtree(run.folder, ignore_errors=True)
-            train(DETECTORS[name], engine, run.folder, seed, args.opts, title)
-        else:
-            print(f"{title}: complete in {run.folder} (--fresh repeats it)")
-        runs[name].append(run)
+    jobs = []
+    for seed in args.seeds:
+        for name, config in DETECTORS.items():
+            run = Run(name, args.output / f"seed{seed}" / config)
+            runs[name].append(run)
+            title = f"{name}, seed {seed}"
+            if args.fresh or not (run.folder / "inference" / DATASET / "results.json").exists():
+                shutil.rmtree(run.folder, ignore_errors=True)
+                jobs.append(job(config, engine, run.folder, seed, args.opts, title))
+            else:
+                print(f"{title}: complete in {run.folder} (--fresh repeats it)")
+    for outcome in run_jobs(jobs, working_directory=REPOSITORY):
+        if outcome.error:
+            sys.exit(outcome.error)
 
     summary = summarise(runs, args.seeds, engine)
     content = json.dumps(summary, indent=2) + "\n"

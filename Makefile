@@ -51,6 +51,7 @@ sanitize: env  # the CPU kernels under AddressSanitizer and UndefinedBehaviorSan
 
 bench: env
 	$(PY) $(PROJECT)/benchmarks/bench_matcher.py
+	$(PY) $(PROJECT)/benchmarks/bench_iteration.py
 
 lint: env
 	$(PY) -m ruff check .

@@ -17,7 +17,7 @@ from ..anchors import AnchorGrid, cell_anchors
 from ..config import ConfigError
 from ..data.records import ImageRecord, UnreadableImageError
 from ..ops import AssignResult
-from .common import build_criterion, build_train_transform
+from .common import AnchorLayout, build_criterion, build_train_transform
 
 _BATCH = 64  # images per call of the operator
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
@@ -119,24 +119,20 @@ def anchor_grid(cfg: CfgNode, height: int, width: int) -> AnchorGrid:
     """The anchors that either engine tiles over an image of (height, width) pixels, without building the network.
 
     Raises:
-        ConfigError: ``MODEL.RPN.IN_FEATURES`` names something else than "p2" ... or "res2" ...
+        ConfigError: ``MODEL.RPN.IN_FEATURES`` names something else than "p2" ... or "res2" ..., or the anchors do not
+            fit the features.
     """
-    rpn, generator = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
+    rpn = cfg.MODEL.RPN
     stages = [_stage(feature) for feature in rpn.IN_FEATURES]
     if rpn.IN_FEATURES[0].startswith("p"):  # an FPN pads to its coarsest stride, a plain ResNet not at all
         divisor = 2 ** _stage(cfg.MODEL.FPN.IN_FEATURES[-1])
         height, width = (divisor * _ceil_div(side, divisor) for side in (height, width))
     # Every stage halves and rounds up, which is one division by its stride, rounded up.
     strides = [2**stage for stage in stages]
-    sizes, ratios = list(generator.SIZES), list(generator.ASPECT_RATIOS)
-    if cfg.MODEL.GROUP_SAMPLING.ANCHOR_STRIDES:
-        strides = list(cfg.MODEL.GROUP_SAMPLING.ANCHOR_STRIDES)
-        sizes = [[size] for size in sizes[0]]
-    sizes, ratios = (values if len(values) > 1 else values * len(strides) for values in (sizes, ratios))
-    return AnchorGrid.from_cell_anchors(
-        [cell_anchors(level_sizes, level_ratios) for level_sizes, level_ratios in zip(sizes, ratios)],
-        strides,
+    layout = AnchorLayout.from_config(cfg, strides)
+    return layout.grid(
         [(_ceil_div(height, stride), _ceil_div(width, stride)) for stride in strides],
+        [cell_anchors(sizes, ratios) for sizes, ratios in zip(layout.sizes, layout.aspect_ratios)],
     )
 
 

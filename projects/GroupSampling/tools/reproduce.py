@@ -7,7 +7,8 @@
 Each row is one config under configs/, trained by train_net.py into its own folder for each seed, so a row that several
 tables share is trained once, a row that is complete is not repeated, and one that was interrupted goes on from its last
 checkpoint. "tiny" is the built-in faces sized for two CPU cores: the overrides of configs/quick/tiny.yaml, and the
-row's numbers of samples divided by 32 (RoIs by 8), since the images have 1/30 of the area. "wider" changes nothing.
+row's numbers of samples divided by 32 (RoIs by 8), since the images have 1/47 of the area of a 1,200 x 1,200 crop.
+"wider" changes nothing.
 
 Writes report.md, report.json and images/*.png under OUTPUT/SCALE; cells that were not run say so.
 """

@@ -414,8 +414,8 @@ def markdown(results: dict) -> str:
         f"Scale `{about['scale']}`, {about['engine']} engine, {len(about['seeds'])} seeds, data set "
         f"`{about['data_set']}`, torch {about['torch']}, {about['machine']}. {about['note']}",
         "",
-        "AP in %: *paper* / *ours*, ours as mean ± standard deviation over the seeds. `?`: the paper's value, or what it "
-        f"says of a pair, is not at hand; `{NOT_RUN}`: not run.",
+        "AP in %: *paper* / *ours*, ours as mean ± standard deviation over the seeds. `?`: the paper's value, or what "
+        f"it says of a pair, is not at hand; `{NOT_RUN}`: not run.",
     ]
     for name, experiment in results["experiments"].items():
         lines += ["", f"### {experiment['title']}", ""]

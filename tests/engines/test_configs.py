@@ -6,11 +6,14 @@ import json
 import math
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tv_cases import CONFIGS, SMALL_OPTS, run_configs
 
+from group_sampling.config import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 
@@ -45,6 +48,66 @@ def test_trains_and_evaluates(path, engine, tmp_path):
     assert all(math.isfinite(value) for value in losses.values())
     assert any("AP" in name for row in rows for name in row), "no evaluation was written"
     assert (tmp_path / "inference/synthetic_faces_val").is_dir()
+
+
+def write_coco_set(folder, num_images=4):
+    """Three of COCO's categories; class ids are not consecutive."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(num_images):
+        pixels = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
+        for category, (x, y, w, h) in ((1, (5, 5, 40, 30)), (7, (60, 10, 30, 60)), (90, (20, 50, 36, 36))):
+            pixels[y : y + h, x : x + w] = 2 * category
+            annotation = {"id": 10 * i + category, "image_id": i, "category_id": category, "bbox": [x, y, w, h]}
+            annotations.append({**annotation, "area": w * h, "iscrowd": 0})
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 128})
+    categories = [{"id": i, "name": f"c{i}"} for i in (1, 7, 90)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def run_coco(folder, engine, *opts):
+    write_coco_set(folder)
+    dataset = f"[['tiny_coco', '{folder / 'annotations.json'}', '{folder}']]"
+    opts = [
+        *SMALL_OPTS,
+        *("DATASETS.COCO_FORMAT", dataset, "DATASETS.TRAIN", "('tiny_coco',)", "DATASETS.TEST", "('tiny_coco',)"),
+        *("INPUT.MIN_SIZE_TEST", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.001", "OUTPUT_DIR", str(folder / "out")),
+        *opts,
+    ]
+    flags = {"resume": False, "eval_only": False, "num_gpus": 1, "num_machines": 1, "machine_rank": 0}
+    config = str(CONFIGS / "coco_grouped_faster_rcnn.yaml")
+    main = importlib.import_module(f"group_sampling.engines.{engine}.train").main
+    main(Namespace(config_file=config, dist_url="auto", opts=opts, **flags))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_coco_config_on_a_small_set(tmp_path, engine):
+    run_coco(tmp_path, engine, "MODEL.ROI_HEADS.NUM_CLASSES", "3")
+    written = {}
+    for line in (tmp_path / "out/metrics.json").read_text().splitlines():
+        written.update(json.loads(line))
+    assert {"loss_cls", "roi/num_pos@32", "rpn/num_neg@512", "coco/AP50", "coco/AP-c90"} <= written.keys()
+    assert "wider_face/AP_all" not in written, "several classes are not faces"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_classes_than_the_heads_have(tmp_path, engine):
+    message = r"NUM_CLASSES is 2, but DATASETS\.TRAIN \('tiny_coco',\) has boxes of 3 classes"
+    with pytest.raises(ConfigError, match=message):
+        run_coco(tmp_path, engine, "MODEL.ROI_HEADS.NUM_CLASSES", "2")
+
+
+def test_every_row_of_the_paper_is_collected():
+    """The five detectors, and what each table and Figure 4 add to them."""
+    folders = [str(path.parent.relative_to(CONFIGS)) for path in run_configs()]
+    rows = {"table2": 8, "table3": 4, "table4": 2, "table5": 3, "figure4": 15}
+    assert {folder: folders.count(folder) for folder in rows} == rows
+    assert {path.stem for path in run_configs() if path.parent == CONFIGS} == {
+        *("rpn_c4", "fpn", "fpn_finest_stride", "fpn_finest", "fpn_finest_sampling"),
+        "coco_grouped_faster_rcnn",
+    }
 
 
 def test_a_row_is_a_few_lines():
@@ -142,7 +205,5 @@ def test_both_engines_have_the_same_anchors(name, tmp_path):
     ],
 )
 def test_strides_that_do_not_fit(opts, message):
-    from group_sampling.config import ConfigError
-
     with pytest.raises(ConfigError, match=message):
         build_model(load_config(str(CONFIGS / "fpn_finest.yaml"), [*SMALL_OPTS, *opts]))

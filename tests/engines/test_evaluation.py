@@ -31,14 +31,6 @@ NAME = "synthetic_faces_val"
 MTCNN = "fddb/detections_with_roc/MTCNN"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_cfg(folder, *opts):
     cfg = load_config(write_tiny_config(folder), ["OUTPUT_DIR", str(folder / "out"), *map(str, opts)])
     cfg.freeze()

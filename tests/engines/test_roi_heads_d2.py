@@ -5,10 +5,8 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -31,7 +29,6 @@ from group_sampling.engines.d2.train import _work, setup
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model as build_tv
 from group_sampling.engines.tv.roi_heads import SingleLevelRoIAlign
-from group_sampling.engines.tv.train import GroupSamplingCheckpointer as TorchvisionCheckpointer
 from group_sampling.engines.tv.train import main as tv_main
 from group_sampling.engines.tv.train import to_example
 from group_sampling.roi_sampling import ProposalSampler
@@ -362,43 +359,6 @@ def test_main_trains_and_evaluates(tmp_path):
     weights = ["MODEL.WEIGHTS", str(tmp_path / "d2/model_final.pth")]
     metrics = tv_main(run_args("table5/grouped_fast_rcnn", tmp_path / "tv", *weights, eval_only=True))
     assert metrics["wider_face/AP_all"] == pytest.approx(written["wider_face/AP_all"], abs=0.1)
-
-
-def write_coco_set(folder, num_images=4):
-    """Three of COCO's categories; class ids are not consecutive."""
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(num_images):
-        pixels = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
-        for category, (x, y, w, h) in ((1, (5, 5, 40, 30)), (7, (60, 10, 30, 60)), (90, (20, 50, 36, 36))):
-            pixels[y : y + h, x : x + w] = 2 * category
-            annotation = {"id": 10 * i + category, "image_id": i, "category_id": category, "bbox": [x, y, w, h]}
-            annotations.append({**annotation, "area": w * h, "iscrowd": 0})
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 128})
-    categories = [{"id": i, "name": f"c{i}"} for i in (1, 7, 90)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
-def test_coco_config_on_a_small_set(tmp_path, engine):
-    write_coco_set(tmp_path)
-    dataset = f"[['tiny_coco', '{tmp_path / 'annotations.json'}', '{tmp_path}']]"
-    opts = [
-        *("DATASETS.COCO_FORMAT", dataset, "DATASETS.TRAIN", "('tiny_coco',)", "DATASETS.TEST", "('tiny_coco',)"),
-        *("INPUT.MIN_SIZE_TEST", "0", "MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.001"),
-    ]
-    args = run_args("coco_grouped_faster_rcnn", tmp_path / "out", *opts)
-    run, checkpointer = (_work, d2.GroupSamplingCheckpointer)
-    if engine == "torchvision":
-        run, checkpointer = tv_main, TorchvisionCheckpointer
-    run(args)
-    written = {}
-    for line in (tmp_path / "out/metrics.json").read_text().splitlines():
-        written.update(json.loads(line))
-    assert {"loss_cls", "roi/num_pos@32", "rpn/num_neg@512"} <= written.keys() and checkpointer.naming == engine
-    assert any(key.startswith("coco/AP") for key in written), sorted(written)
 
 
 def test_heads_are_a_drop_in_for_the_standard_ones(make_cfg):

@@ -28,14 +28,6 @@ P4_OF_ALL = ["MODEL.RPN.IN_FEATURES", "['p4']"]
 FULL_WIDTH = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 256]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make_cfg(tmp_path):
     return lambda *opts: load_config(write_tiny_config(tmp_path), [str(opt) for opt in opts])

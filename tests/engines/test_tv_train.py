@@ -26,14 +26,6 @@ SCALES = (16, 32, 64, 128)
 AP_KEYS = {"wider_face/AP_all", *(f"wider_face/AP@{scale}" for scale in SCALES)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 

@@ -50,8 +50,12 @@ SMALL_OPTS = [
 
 
 def run_configs() -> list[Path]:
-    """Every config that train_net.py can be given: not those for others to build on, nor tools' overrides."""
-    return [p for p in sorted(CONFIGS.rglob("*.yaml")) if not p.name.startswith("Base-") and p.name != "tiny.yaml"]
+    """Every config that train_net.py can be given: not those for others to build on, nor tools' overrides.
+
+    The latter have no base.
+    """
+    files = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith("Base-")]
+    return [path for path in files if "_BASE_" in yaml.safe_load(path.read_text())]
 
 
 def write_tiny_config(folder: Path) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,10 +33,9 @@ from bench_matcher import (
     PINNING,
     SAMPLES,
     SCALES,
-    commit,
     detectron2_step,
-    hardware,
     make_faces,
+    surroundings,
     synchronize,
     torchvision_step,
     version_of,
@@ -46,7 +44,6 @@ from PIL import Image
 
 from group_sampling.engines import ENGINES
 from group_sampling.files import write_atomically
-from group_sampling.ops import extension_status
 from group_sampling.targets import AnchorSampler
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -250,17 +247,7 @@ def main() -> None:
             options = {"device": arguments.device, "threads": arguments.threads, "iterations": iterations}
             records.append(run_worker({**options, "engine": engine, "case": case}))
     report = {
-        "hardware": hardware(arguments.device),
-        "threads": arguments.threads,
-        "pinning": PINNING,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": version_of("torchvision"),
-            "detectron2": version_of("detectron2"),
-            "commit": commit(),
-        },
-        "build": extension_status().build_info,
+        **surroundings(arguments.device, arguments.threads),
         "options": {"device": arguments.device, "cases": arguments.cases, "engines": engines},
         "skipped": {engine: "not installed" for engine in arguments.engines if engine not in engines},
         "records": records,

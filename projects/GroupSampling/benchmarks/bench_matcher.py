@@ -307,6 +307,23 @@ def commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def surroundings(device: str, threads: int) -> dict[str, object]:
+    """What a report says of machine, versions and build; of every benchmark."""
+    return {
+        "hardware": hardware(device),
+        "threads": threads,
+        "pinning": PINNING,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version_of("torchvision"),
+            "detectron2": version_of("detectron2"),
+            "commit": commit(),
+        },
+        "build": extension_status().build_info,
+    }
+
+
 def lookup(records: list[dict], n: int, m: int, name: str) -> dict | None:
     return next((r for r in records if (r["n"], r["m"], r["name"]) == (n, m, name)), None)
 
@@ -468,17 +485,7 @@ def main() -> None:
     if arguments.device == "cpu" and platform.libc_ver()[0] == "glibc":
         modes["malloc tuned"] = ({**options, "keeps_pages": True}, {**PINNING, **TUNED_MALLOC})
     report = {
-        "hardware": hardware(arguments.device),
-        "threads": arguments.threads,
-        "pinning": PINNING,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": version_of("torchvision"),
-            "detectron2": version_of("detectron2"),
-            "commit": commit(),
-        },
-        "build": status.build_info,
+        **surroundings(arguments.device, arguments.threads),
         "options": options,
         "skipped": skipped,
         "records": {title: run_worker(*mode, title) for title, mode in modes.items()},

@@ -1,14 +1,14 @@
 """Which proposals the second stage is trained on: Grouped Fast R-CNN (Sec. 4.2, Table 5), shared by both engines."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import ConfigError
 from .ops import match_anchors, sample_groups
+from .targets import count_by_scale
 
 ROI_SAMPLERS = ("uniform", "group")
 
@@ -128,34 +128,5 @@ class ProposalSampler:
         """(S,) positives and (S,) negatives drawn of each scale, mean over the images; S scales whatever the kind."""
         scale_ids = torch.cat([sample.scale_ids for sample in samples])
         labels = torch.cat([sample.labels for sample in samples])
-        counts = torch.zeros((2, len(self.scales)), device=labels.device)
-        for row, label in enumerate((1, 0)):
-            counts[row].index_add_(0, scale_ids, (labels == label).to(counts.dtype))
-        num_pos, num_neg = counts / len(samples)
+        num_pos, num_neg = count_by_scale(scale_ids, labels, len(self.scales)) / len(samples)
         return num_pos, num_neg
-
-
-def build_proposal_sampler(cfg: Any) -> ProposalSampler:
-    """The sampler that ``MODEL.GROUP_SAMPLING.ROI_*`` and ``MODEL.ROI_HEADS`` describe.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    heads, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.GROUP_SAMPLING
-    if gs.ROI_SAMPLER not in ROI_SAMPLERS:
-        raise ConfigError(f"MODEL.GROUP_SAMPLING.ROI_SAMPLER must be one of {ROI_SAMPLERS}, got {gs.ROI_SAMPLER!r}")
-    if list(heads.IOU_LABELS) != {1: [0, 1], 2: [0, -1, 1]}.get(len(heads.IOU_THRESHOLDS)):
-        raise ConfigError(
-            "MODEL.ROI_HEADS.IOU_THRESHOLDS and IOU_LABELS must be [t] and [0, 1], or [negative below, positive from] "
-            f"and [0, -1, 1], got {heads.IOU_THRESHOLDS} and {heads.IOU_LABELS}"
-        )
-    return ProposalSampler(
-        gs.ROI_SAMPLER,
-        num_samples=gs.ROI_SAMPLES_PER_GROUP if gs.ROI_SAMPLER == "group" else heads.BATCH_SIZE_PER_IMAGE,
-        scales=[size for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes],
-        positive_fraction=heads.POSITIVE_FRACTION,
-        pos_iou=heads.IOU_THRESHOLDS[-1],
-        neg_iou=heads.IOU_THRESHOLDS[0],
-        ignore_ioa=gs.IGNORE_IOA,
-        seed=cfg.SEED,
-    )

@@ -153,6 +153,25 @@ def predict_from(logits: Tensor, deltas: Tensor) -> Predict:
     return predict
 
 
+def count_by_scale(scale_ids: Tensor, labels: Tensor, num_scales: int) -> Tensor:
+    """(2, S) float32 numbers of positives and negatives of each scale; waits for no GPU.
+
+    Args:
+        scale_ids: (k,) int64 in [0, S).
+        labels: (k,) 1 positive, 0 negative; others are not counted.
+    """
+    counts = torch.zeros((2, num_scales), device=labels.device)
+    for row, label in enumerate((1, 0)):
+        counts[row].index_add_(0, scale_ids, (labels == label).to(counts.dtype))
+    return counts
+
+
+def count_anchors(grid: AnchorGrid, drawn: AssignResult) -> Tensor:
+    """(2, S) float32 :func:`count_by_scale` of all that was drawn, whether in one group or in one of each scale."""
+    index = drawn.indices.flatten().clamp(min=0)
+    return count_by_scale(grid.group_ids(device=index.device)[index], drawn.labels.flatten(), grid.num_groups)
+
+
 class AnchorLosses(NamedTuple):
     """What :class:`AnchorCriterion` returns."""
 
@@ -236,12 +255,7 @@ class AnchorCriterion(nn.Module):
         losses = box_loss(self.box_loss_type, deltas.float(), anchors, targets, self.smooth_l1_beta)
         localization = torch.where(positive, losses, 0.0).sum() / positive.sum().clamp(min=1)
 
-        # Scale of every drawn anchor: one group or many, what is drawn has scales all the same.
-        scale = grid.group_ids(device=index.device)[index].flatten()
-        counts = classification.new_zeros((2, grid.num_groups))
-        for row, label in enumerate((1, 0)):
-            counts[row].index_add_(0, scale, (labels.flatten() == label).to(counts.dtype))
-        num_pos, num_neg = counts / labels.shape[0]
+        num_pos, num_neg = count_anchors(grid, drawn) / labels.shape[0]
         return AnchorLosses(classification, localization, num_pos, num_neg)
 
 

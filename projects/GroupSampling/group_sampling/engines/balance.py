@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from ..anchors import AnchorGrid, cell_anchors
 from ..config import ConfigError
 from ..data.records import ImageRecord, UnreadableImageError
-from ..ops import AssignResult
+from ..targets import count_anchors
 from .common import AnchorLayout, build_criterion, build_train_transform
 
 _BATCH = 64  # images per call of the operator
@@ -87,7 +87,7 @@ def sample_balance(
         # The focal sampler takes all anchors whatever their logits; it only asks that there are some.
         logits = torch.empty(0) if sampler.needs_logits else None
         drawn = sampler(grid, faces, ignored, iteration=num_batches, logits=logits)
-        totals += count_by_scale(grid, drawn).numpy()
+        totals += count_anchors(grid, drawn).numpy()
         num_batches += 1
         on_progress(len(faces))
 
@@ -106,13 +106,6 @@ def sample_balance(
         draw(grid)
     positives, negatives = totals / len(records)
     return SampleBalance(scales, tuple(positives.tolist()), tuple(negatives.tolist()), len(records))
-
-
-def count_by_scale(grid: AnchorGrid, drawn: AssignResult) -> torch.Tensor:
-    """(2, G) int64: positives and negatives of every scale in ``drawn``, over all its images and groups."""
-    index, labels = drawn.indices.flatten(), drawn.labels.flatten()
-    scale = grid.group_ids(device=index.device)[index.clamp(min=0)]
-    return torch.stack([torch.bincount(scale[labels == label], minlength=grid.num_groups) for label in (1, 0)])
 
 
 def anchor_grid(cfg: CfgNode, height: int, width: int) -> AnchorGrid:

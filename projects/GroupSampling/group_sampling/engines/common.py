@@ -19,6 +19,7 @@ from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
 from ..evaluation.pyramid import ImagePyramid
+from ..roi_sampling import ROI_SAMPLERS, ProposalSampler
 from ..targets import AnchorCriterion, AnchorSampler
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,32 @@ def build_criterion(cfg: CfgNode) -> AnchorCriterion:
     )
 
 
+def build_proposal_sampler(cfg: CfgNode) -> ProposalSampler:
+    """The sampler that ``MODEL.GROUP_SAMPLING.ROI_*`` and ``MODEL.ROI_HEADS`` describe.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    heads, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.GROUP_SAMPLING
+    if gs.ROI_SAMPLER not in ROI_SAMPLERS:
+        raise ConfigError(f"MODEL.GROUP_SAMPLING.ROI_SAMPLER must be one of {ROI_SAMPLERS}, got {gs.ROI_SAMPLER!r}")
+    if list(heads.IOU_LABELS) != {1: [0, 1], 2: [0, -1, 1]}.get(len(heads.IOU_THRESHOLDS)):
+        raise ConfigError(
+            "MODEL.ROI_HEADS.IOU_THRESHOLDS and IOU_LABELS must be [t] and [0, 1], or [negative below, positive from] "
+            f"and [0, -1, 1], got {heads.IOU_THRESHOLDS} and {heads.IOU_LABELS}"
+        )
+    return ProposalSampler(
+        gs.ROI_SAMPLER,
+        num_samples=gs.ROI_SAMPLES_PER_GROUP if gs.ROI_SAMPLER == "group" else heads.BATCH_SIZE_PER_IMAGE,
+        scales=[size for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes],
+        positive_fraction=heads.POSITIVE_FRACTION,
+        pos_iou=heads.IOU_THRESHOLDS[-1],
+        neg_iou=heads.IOU_THRESHOLDS[0],
+        ignore_ioa=gs.IGNORE_IOA,
+        seed=cfg.SEED,
+    )
+
+
 def build_train_transform(cfg: CfgNode) -> TrainTransform:
     return TrainTransform(
         scales=tuple(cfg.INPUT.SCALE_JITTER),
@@ -301,6 +328,12 @@ def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: in
         records = filter_empty(records)
     if not records:
         raise ConfigError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image to train on")
+    num_classes = 1 + max((int(record.classes.max()) for record in records if len(record.classes)), default=-1)
+    if cfg.MODEL.ROI_HEADS.NAME != SINGLE_STAGE_HEADS and num_classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but DATASETS.TRAIN "
+            f"{tuple(cfg.DATASETS.TRAIN)} has boxes of {num_classes} classes"
+        )
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the {world_size} processes"

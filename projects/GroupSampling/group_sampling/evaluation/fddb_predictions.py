@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from ..files import write_atomically
 from .fddb_annotations import MAX_COORDINATE, FDDBImage, check_rows, read_blocks
-from .predictions import ImagePredictions
+from .predictions import ImagePredictions, result_rows
 
 _FOLD = re.compile(r"(^|[-_])fold-?\d\d?([-_.]|$)", re.IGNORECASE)
 
@@ -76,7 +76,7 @@ def write_fddb_predictions(
     for image in images:
         rows = np.empty((0, 5))
         if image.image_id in detections:
-            rows = _rows(image.image_id, *detections[image.image_id])
+            rows = result_rows(image.image_id, *detections[image.image_id])
         remaining.discard(image.image_id)
         lines = [image.image_id, str(len(rows)), *(" ".join(map(repr, row)) for row in rows.tolist())]
         folds.setdefault(image.fold, []).extend(lines)
@@ -84,21 +84,3 @@ def write_fddb_predictions(
         raise ValueError(f"predictions for image {min(remaining)!r}, which is not in the ground truth")
     for fold, lines in folds.items():
         write_atomically(Path(folder, f"fold-{fold:02d}-out.txt"), ("\n".join(lines) + "\n").encode())
-
-
-def _rows(image_id: str, boxes: ArrayLike, scores: ArrayLike) -> np.ndarray:
-    boxes = np.asarray(boxes, dtype=np.float64)
-    boxes = boxes if boxes.size else np.empty((0, 4))
-    scores = np.asarray(scores, dtype=np.float64)
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or scores.shape != boxes.shape[:1]:
-        shapes = f"{boxes.shape} and {scores.shape}"
-        raise ValueError(f"image {image_id!r}: expected boxes (k, 4) and scores (k,), got {shapes}")
-    rows = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores])
-    bad = ~np.isfinite(rows).all(axis=1) | (rows[:, 2:4] < 0).any(axis=1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(
-            f"image {image_id!r}: expected finite numbers, x1 <= x2 and y1 <= y2, "
-            f"got boxes[{row}] = {boxes[row].tolist()}, scores[{row}] = {scores[row]}"
-        )
-    return rows

@@ -98,6 +98,24 @@ def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, 
     if len(parts) > 2 or any(not part or part[0] == "." or re.search(r"[\\\x00-\x1f\x7f]", part) for part in parts):
         raise ValueError(f"image_id must be [<event>/]<image name>, without a leading dot or '\\', got {image_id!r}")
     stem = _IMAGE_SUFFIX.sub("", parts[-1])
+    rows = result_rows(image_id, boxes, scores)
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")]
+    lines = [stem, str(len(rows)), *(" ".join(map(repr, row)) for row in rows.tolist())]
+    path = Path(root, *parts[:-1], f"{stem}.txt")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def result_rows(image_id: str, boxes: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+    """The lines of a result file: (k, 5) x, y, width, height and score.
+
+    Args:
+        boxes: (k, 4) XYXY in pixels, arrays or CPU tensors; k may be 0.
+        scores: (k,).
+
+    Raises:
+        ValueError: a shape is wrong, a number is not finite, or a box is inverted.
+    """
     boxes = np.asarray(boxes, dtype=np.float64)
     boxes = boxes if boxes.size else np.empty((0, 4))
     scores = np.asarray(scores, dtype=np.float64)
@@ -112,11 +130,7 @@ def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, 
             f"image {image_id!r}: expected finite numbers, x1 <= x2 and y1 <= y2, "
             f"got boxes[{row}] = {boxes[row].tolist()}, scores[{row}] = {scores[row]}"
         )
-    rows = rows[np.argsort(-scores, kind="stable")]
-    lines = [stem, str(len(rows)), *(" ".join(map(repr, row)) for row in rows.tolist())]
-    path = Path(root, *parts[:-1], f"{stem}.txt")
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
-    return path
+    return rows
 
 
 def _parse(content: bytes, stem: str, source: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -12,7 +12,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ...losses import box_loss
-from ...roi_sampling import ProposalSample, ProposalSampler, build_proposal_sampler
+from ...roi_sampling import ProposalSample, ProposalSampler
+from ..common import build_proposal_sampler
 from .rpn import LOG_PERIOD
 
 

@@ -12,8 +12,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
-from ...roi_sampling import ProposalSampler, build_proposal_sampler
-from ..common import ConfigError
+from ...roi_sampling import ProposalSampler
+from ..common import build_proposal_sampler
 
 
 class SingleLevelRoIAlign(nn.Module):
@@ -219,10 +219,6 @@ def build_grouped_roi_heads(cfg: CfgNode, in_channels: int, stride: int) -> Grou
         in_channels, stride: of the feature ``MODEL.ROI_HEADS.IN_FEATURES``.
     """
     heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    if box_head.BBOX_REG_LOSS_TYPE not in BOX_LOSSES:
-        raise ConfigError(
-            f"MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE must be one of {BOX_LOSSES}, got {box_head.BBOX_REG_LOSS_TYPE!r}"
-        )
     resolution = box_head.POOLER_RESOLUTION
     result = GroupedRoIHeads(
         SingleLevelRoIAlign(heads.IN_FEATURES[0], stride, resolution, box_head.POOLER_SAMPLING_RATIO),

@@ -242,6 +242,13 @@ def test_command_line_errors(tool, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_wrong_folder_of_curves_is_said_before_the_evaluation(tool, truth, predictions, tmp_path, capsys):
+    options = ["--predictions", str(predictions), "--ground-truth", str(truth), "--plot", str(tmp_path / "pr.png")]
+    with pytest.raises(SystemExit, match="wider_pr_info"):
+        tool.main([*options, "--curves", str(tmp_path / "nothing here")])
+    assert capsys.readouterr().out == "" and not (tmp_path / "pr.png").exists()
+
+
 def test_torch_is_not_imported(truth, predictions, tmp_path):
     script = f"""
 import runpy, sys

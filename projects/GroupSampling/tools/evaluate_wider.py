@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(format="%(message)s")
     try:
+        published = read_published_curves(args.curves) if args.curves else []  # first: a wrong folder is said at once
         results, contents = {}, {}
         for name, path in detectors.items():
             evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, by_size=args.per_scale))
@@ -90,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 events = evaluator.compute_by(lambda image_id: image_id.split("/")[0])
                 contents[name]["events"] = {event: of_event.as_dict() for event, of_event in events.items()}
                 print(event_table(events))
-        published = read_published_curves(args.curves) if args.curves else []
         if args.json:
             content = next(iter(contents.values())) if not args.compare else {"detectors": contents}
             write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())

@@ -40,9 +40,9 @@ CPU_SOURCES = [
     "csrc/cpu/window_matcher.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/cuda/match_cuda.cu",
-    "csrc/cuda/operators_cuda.cpp",
-    "csrc/cuda/sample_cuda.cu",
+    "csrc/cuda/match_kernels.cu",
+    "csrc/cuda/assign_and_sample_cuda.cpp",
+    "csrc/cuda/sample_kernels.cu",
 ]
 
 

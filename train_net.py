@@ -41,7 +41,7 @@ def main() -> None:
     else:
         from group_sampling.engines.tv.train import main as run
     from group_sampling.data.catalog import MissingDatasetError
-    from group_sampling.engines.common import ConfigError
+    from group_sampling.engines.build import ConfigError
 
     try:
         run(args)

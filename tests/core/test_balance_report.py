@@ -17,10 +17,10 @@ from group_sampling.data.catalog import load_dataset
 from group_sampling.data.loader import TrainingStream
 from group_sampling.data.records import ImageRecord, UnreadableImageError
 from group_sampling.data.transforms import TrainTransform
-from group_sampling.engines.balance import anchor_grid, image_size, sample_balance
-from group_sampling.engines.common import ConfigError
+from group_sampling.engines.build import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
+from group_sampling.experiments.balance import anchor_grid, image_size, sample_balance
 
 PROJECT = Path(__file__).resolve().parents[2] / "projects/GroupSampling"
 TOOL = PROJECT / "tools/balance_report.py"

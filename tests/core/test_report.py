@@ -10,7 +10,7 @@ from PIL import Image
 
 from group_sampling.data.catalog import load_dataset
 from group_sampling.evaluation import WiderFaceAP, write_predictions
-from group_sampling.report import Run, write_report
+from group_sampling.experiments.report import Run, write_report
 
 SYNTHETIC = {"SYNTHETIC": {"NUM_VAL": 4, "HEIGHT": 96, "WIDTH": 128}}
 

@@ -14,7 +14,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
 from group_sampling.config import ConfigError
-from group_sampling.engines.common import build_proposal_sampler
+from group_sampling.engines.build import build_proposal_sampler
 from group_sampling.losses import BOX_LOSSES, box_loss
 from group_sampling.ops import sample_groups
 from group_sampling.roi_sampling import ProposalSampler

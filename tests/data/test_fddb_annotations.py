@@ -9,7 +9,7 @@ from PIL import Image
 
 from group_sampling.data import AnnotationError, DataReport, MissingDatasetError, load_dataset
 from group_sampling.data.fddb import read_records
-from group_sampling.evaluation.fddb_annotations import bounding_boxes, read_annotations
+from group_sampling.data.fddb_annotations import bounding_boxes, read_annotations
 
 ONE = "2002/08/11/big/img_1"
 TWO = "2002/08/11/big/img_2"

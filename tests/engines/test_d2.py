@@ -26,7 +26,7 @@ import group_sampling.engines.d2 as d2
 from group_sampling.anchors import AnchorGrid
 from group_sampling.checkpoint import convert_names
 from group_sampling.data.catalog import MissingDatasetError, load_dataset
-from group_sampling.engines.common import ConfigError
+from group_sampling.engines.build import ConfigError
 from group_sampling.engines.d2.data import to_dataset_dict, to_record
 from group_sampling.engines.d2.train import _work, setup
 
@@ -360,7 +360,7 @@ def test_cuda_without_cuda(make_cfg):
 
 
 def test_yaml_tags_are_refused(tmp_path):
-    from group_sampling.engines.common import merge_config
+    from group_sampling.engines.build import merge_config
 
     path = tmp_path / "evil.yaml"
     path.write_text(f"MODEL:\n  WEIGHTS: !!python/object/apply:os.mkdir ['{tmp_path}/executed']\n")

@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 import group_sampling.engines.d2 as d2
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.common import build_training_loader
+from group_sampling.engines.build import build_training_loader
 from group_sampling.engines.d2.train import setup
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model as build_tv

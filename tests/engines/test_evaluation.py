@@ -21,11 +21,11 @@ from tv_cases import write_tiny_config
 
 import group_sampling.engines.tv.train as tv_train
 from group_sampling.data.catalog import load_dataset
-from group_sampling.engines.evaluation import Evaluation
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.evaluation import CocoAP, WiderFaceAP, read_predictions
-from group_sampling.evaluation.partial import ImageDetections
+from group_sampling.evaluation.resume import ImageDetections
+from group_sampling.evaluation.run import Evaluation
 
 NAME = "synthetic_faces_val"
 MTCNN = "fddb/detections_with_roc/MTCNN"
@@ -109,7 +109,7 @@ def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
 def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
     cfg = make_cfg(tmp_path)
     records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
-    monkeypatch.setattr("group_sampling.engines.evaluation.write_predictions", lambda *args: 1 / 0)
+    monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Simulated(cfg, records, model, 1, resume=False).finish()
     assert Simulated(cfg, records, model, 1, resume=True).seen == []
@@ -309,7 +309,7 @@ def test_predictions_are_a_submission(tmp_path):
 
 def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
     """The published detections of MTCNN give the official evaluation's rates, from either engine's way in."""
-    from group_sampling.evaluation.fddb_predictions import read_fddb_predictions
+    from group_sampling.evaluation.fddb.files import read_fddb_predictions
 
     (tmp_path / "fddb/originalPics").mkdir(parents=True)
     (tmp_path / "fddb/FDDB-folds").symlink_to(shared_data / "fddb/annotations")

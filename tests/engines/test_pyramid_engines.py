@@ -11,7 +11,7 @@ from PIL import Image
 from tv_cases import SMALL_OPTS, arguments, write_tiny_config
 
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.common import ConfigError, load_records
+from group_sampling.engines.build import ConfigError, load_records
 from group_sampling.engines.tv import train as tv_train
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
@@ -45,7 +45,7 @@ def detect(cfg, model) -> dict:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "group_sampling.engines.evaluation.evaluate_detections",
+            "group_sampling.evaluation.run.evaluate_detections",
             lambda cfg, name, records, detections: found.update(detections) or {},
         )
         tv_train.evaluate(cfg, model, CPU)

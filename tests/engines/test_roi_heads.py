@@ -16,7 +16,7 @@ from tv_cases import CONFIGS, TINY, arguments
 
 from group_sampling.checkpoint import convert_names
 from group_sampling.data.records import ImageRecord
-from group_sampling.engines.common import ConfigError
+from group_sampling.engines.build import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.engines.tv.roi_heads import GroupedRoIHeads, SingleLevelRoIAlign

@@ -24,7 +24,7 @@ from test_roi_heads import CONFIGS, FACES, ROI_LOSSES, SECOND_STAGE, SMALL, TWO_
 
 import group_sampling.engines.d2 as d2
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.common import build_training_loader
+from group_sampling.engines.build import build_training_loader
 from group_sampling.engines.d2.train import _work, setup
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model as build_tv

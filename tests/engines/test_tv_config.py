@@ -7,7 +7,7 @@ import torch
 from fvcore.common.config import CfgNode
 from tv_cases import CONFIGS, run_configs, write_tiny_config
 
-from group_sampling.engines.common import ConfigError, get_value
+from group_sampling.engines.build import ConfigError, get_value
 from group_sampling.engines.tv.config import _ALLOWED, get_cfg, load_config
 
 BASE = str(CONFIGS / "Base-GroupSampling.yaml")

@@ -10,7 +10,7 @@ from tv_cases import write_tiny_config
 
 import group_sampling.engines.tv.model as tv_model
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.common import ConfigError
+from group_sampling.engines.build import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_backbone, build_model
 from group_sampling.engines.tv.train import GroupSamplingCheckpointer

@@ -16,7 +16,7 @@ from tv_cases import arguments, write_tiny_config
 import group_sampling.engines.tv.train as tv_train
 from group_sampling.checkpoint import convert_names
 from group_sampling.data.records import UnreadableImageError
-from group_sampling.engines.common import ConfigError
+from group_sampling.engines.build import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.events import logging_to
 from group_sampling.engines.tv.model import build_model

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from group_sampling.data.fddb_annotations import FDDBImage
 from group_sampling.evaluation import FDDBRoc, read_fddb_predictions, write_fddb_predictions
-from group_sampling.evaluation.fddb import plot, table, write_json
-from group_sampling.evaluation.fddb_annotations import FDDBImage
-from group_sampling.evaluation.fddb_regions import ellipse_spans, rectangle_spans
-from group_sampling.evaluation.fddb_regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.regions import ellipse_spans, rectangle_spans
+from group_sampling.evaluation.fddb.regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.roc import plot, table, write_json
 
 TOOL = Path(__file__).parents[2] / "projects/GroupSampling/tools/evaluate_fddb.py"
 

@@ -199,7 +199,7 @@ def test_links_in_a_zip_are_refused(tmp_path):
 
 @pytest.mark.parametrize("container", ["folder", "zip", "tar.xz"])
 def test_a_file_that_would_exhaust_memory_is_refused(tmp_path, container, monkeypatch):
-    monkeypatch.setattr("group_sampling.evaluation.predictions._MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("group_sampling.evaluation.wider_face.files._MAX_FILE_BYTES", 1 << 20)
     path = CONTAINERS[container](tmp_path, {"0--Parade/big.txt": GOOD + b" " * (1 << 20)})
     with pytest.raises(ValueError, match=r"big.txt: expected at most 1 MiB for one image, got more"):
         list(read_predictions(path))

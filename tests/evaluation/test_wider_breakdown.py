@@ -13,7 +13,7 @@ from scipy.io import savemat
 from test_wider_face import evaluate, nearest_scale, random_set, xyxy
 
 from group_sampling.evaluation import WiderFaceAP
-from group_sampling.evaluation.wider_curves import plot_comparison, read_published_curves
+from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 
 EVENTS = 3
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from group_sampling.evaluation import ImagePredictions, WiderFaceAP, read_predictions
-from group_sampling.evaluation.wider_ground_truth import OfficialGroundTruth, read_official_ground_truth
+from group_sampling.evaluation.wider_face.ground_truth import OfficialGroundTruth, read_official_ground_truth
 from group_sampling.files import write_atomically
 
 NUM_THRESHOLDS = 1000

@@ -61,7 +61,7 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
     cfg.TEST.WIDER_GROUND_TRUTH = ""
 
-    # Multi-scale test on an image pyramid (evaluation/pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
+    # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
     pyramid = cfg.TEST.PYRAMID = node()
     pyramid.SCALES = ()

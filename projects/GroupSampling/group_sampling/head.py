@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .criterion import Predict, predict_from
 from .inference import flatten_predictions
-from .targets import Predict, predict_from
 
 
 class SoftmaxRPNHead(nn.Module):

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .criterion import count_by_scale
 from .ops import match_anchors, sample_groups
-from .targets import count_by_scale
 
 ROI_SAMPLERS = ("uniform", "group")
 

@@ -32,11 +32,11 @@ from group_sampling.data.records import (
     UnreadableImageError,
     usable_boxes,
 )
-from group_sampling.engines.balance import SampleBalance, sample_balance
-from group_sampling.engines.common import load_records
+from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
+from group_sampling.experiments.balance import SampleBalance, sample_balance
+from group_sampling.experiments.report import plot_samples
 from group_sampling.files import write_atomically
-from group_sampling.report import plot_samples
 
 INVALID = 3  # position of the attribute in "attr": blur, expression, illumination, invalid, occlusion, pose
 LOG_FROM = 50.0  # ratio of the largest count to the smallest from which the plot's axis is logarithmic

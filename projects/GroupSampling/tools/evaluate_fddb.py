@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from group_sampling.evaluation.fddb import FDDBResult, FDDBRoc, plot, table, write_json
-from group_sampling.evaluation.fddb_predictions import read_fddb_predictions
-from group_sampling.evaluation.fddb_regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.files import read_fddb_predictions
+from group_sampling.evaluation.fddb.regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.roc import FDDBResult, FDDBRoc, plot, table, write_json
 
 
 def evaluate(

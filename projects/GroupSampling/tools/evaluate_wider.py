@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from group_sampling.evaluation import WiderFaceAP, WiderFaceResult, read_predictions
-from group_sampling.evaluation.wider_curves import plot_comparison, read_published_curves
+from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 from group_sampling.files import write_atomically
 
 

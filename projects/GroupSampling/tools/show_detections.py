@@ -22,7 +22,7 @@ from torchvision.ops import box_iou
 from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError, read_image
 from group_sampling.engines import ENGINES, resolve_engine
-from group_sampling.engines.common import ConfigError, load_records
+from group_sampling.engines.build import ConfigError, load_records
 from group_sampling.files import write_atomically
 
 FACE_COLOUR, FOUND_COLOUR = "lime", "red"
@@ -52,7 +52,7 @@ def load_detector(engine: str, config_file: str, weights: str, opts: list[str]) 
         from detectron2.config import get_cfg
         from detectron2.modeling import build_model
 
-        from group_sampling.engines.common import check_config, merge_config
+        from group_sampling.engines.build import check_config, merge_config
         from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA, add_group_sampling_config
 
         cfg = get_cfg()

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from ..evaluation.fddb_annotations import IMAGE_SUFFIX, bounding_boxes, read_annotations
+from .fddb_annotations import IMAGE_SUFFIX, bounding_boxes, read_annotations
 from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable_boxes
 
 

@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import Tensor
 
-from ..common import SINGLE_STAGE_HEADS
+from ..build import SINGLE_STAGE_HEADS
 
 
 class BilinearFPN(FPN):

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from ...data.catalog import class_names, dataset_names, load_dataset
 from ...data.records import ImageRecord, read_image
 from ...data.transforms import TestTransform, TrainTransform
-from ..common import build_test_transform, build_train_transform
+from ..build import build_test_transform, build_train_transform
 
 
 def to_dataset_dict(record: ImageRecord) -> dict:

@@ -7,8 +7,8 @@ from torch import nn
 
 from ...data.catalog import load_dataset
 from ...data.records import ImageRecord
-from ...evaluation.partial import ImageDetections
-from ..evaluation import Evaluation, evaluate_detections
+from ...evaluation.resume import ImageDetections
+from ...evaluation.run import Evaluation, evaluate_detections
 
 
 class GroupSamplingEvaluator(DatasetEvaluator):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...losses import box_loss
 from ...roi_sampling import ProposalSample, ProposalSampler
-from ..common import build_proposal_sampler
+from ..build import build_proposal_sampler
 from .rpn import LOG_PERIOD
 
 

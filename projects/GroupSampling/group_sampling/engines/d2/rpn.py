@@ -14,9 +14,9 @@ from torch import Tensor
 from ... import head
 from ...anchors import AnchorGrid
 from ...config import ConfigError
+from ...criterion import AnchorCriterion, predict_from
 from ...inference import flatten_predictions, select_proposals
-from ...targets import AnchorCriterion, predict_from
-from ..common import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, face_prior
+from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, face_prior
 
 # The numbers of drawn samples are read back from the device this often (in iterations), not every time.
 LOG_PERIOD = 20
@@ -82,7 +82,7 @@ class SoftmaxRPNHead(head.SoftmaxRPNHead):
 class GroupSamplingRPN(RPN):
     """RPN trained on the same number of anchors of every scale (Sec. 4).
 
-    Matching, sampling and losses are :class:`~group_sampling.targets.AnchorCriterion`'s; proposals carry the scale of
+    Matching, sampling and losses are :class:`~group_sampling.criterion.AnchorCriterion`'s; proposals carry the scale of
     their anchor as ``anchor_scales``. Works in any meta-architecture that takes an RPN.
     """
 

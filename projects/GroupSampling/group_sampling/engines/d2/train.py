@@ -20,7 +20,7 @@ from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config
-from ..common import (
+from ..build import (
     build_training_loader,
     check_config,
     check_datasets,

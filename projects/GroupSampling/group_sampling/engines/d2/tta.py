@@ -7,8 +7,8 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...evaluation.pyramid import Detections
-from ..common import build_pyramid
+from ...pyramid import Detections
+from ..build import build_pyramid
 
 
 class GroupSamplingTTA(nn.Module):

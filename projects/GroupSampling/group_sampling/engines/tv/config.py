@@ -6,7 +6,7 @@ from fvcore.common.config import CfgNode
 
 from ...config import add_group_sampling_config
 from ...losses import BOX_LOSSES
-from ..common import SINGLE_STAGE_HEADS, ConfigError, check_config, check_values, merge_config
+from ..build import SINGLE_STAGE_HEADS, ConfigError, check_config, check_values, merge_config
 
 FPN_BACKBONE = "build_group_sampling_fpn_backbone"
 GROUPED_HEADS = "GroupedROIHeads"

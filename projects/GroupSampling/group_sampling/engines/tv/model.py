@@ -20,10 +20,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
 from ...anchors import AnchorGrid, cell_anchors
+from ...criterion import AnchorCriterion, Predict, predict_from
 from ...head import SoftmaxRPNHead
 from ...inference import Proposals, flatten_predictions, proposals_to_detections, select_proposals
-from ...targets import AnchorCriterion, Predict, predict_from
-from ..common import SINGLE_STAGE_HEADS, AnchorLayout, ConfigError, build_criterion, face_prior
+from ..build import SINGLE_STAGE_HEADS, AnchorLayout, ConfigError, build_criterion, face_prior
 from .config import FPN_BACKBONE
 from .roi_heads import build_grouped_roi_heads
 

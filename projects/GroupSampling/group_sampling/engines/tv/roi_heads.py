@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
 from ...roi_sampling import ProposalSampler
-from ..common import build_proposal_sampler
+from ..build import build_proposal_sampler
 
 
 class SingleLevelRoIAlign(nn.Module):

@@ -29,9 +29,10 @@ from ...checkpoint import CheckpointMixin
 from ...data.loader import build_test_loader
 from ...data.records import ImageRecord
 from ...env import collect_env
-from ...evaluation.partial import ImageDetections
+from ...evaluation.resume import ImageDetections
+from ...evaluation.run import Evaluation
 from ...files import write_atomically
-from ..common import (
+from ..build import (
     ConfigError,
     build_test_transform,
     build_training_loader,
@@ -39,7 +40,6 @@ from ..common import (
     load_records,
     resolve_seed,
 )
-from ..evaluation import Evaluation
 from .config import load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model

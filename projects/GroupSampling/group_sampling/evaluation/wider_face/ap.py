@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..files import write_atomically
-from .wider_ground_truth import read_official_ground_truth
+from ...files import write_atomically
+from .ground_truth import read_official_ground_truth
 
 Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]  # recall and precision at each threshold
 

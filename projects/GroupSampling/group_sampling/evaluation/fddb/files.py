@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..files import write_atomically
-from .fddb_annotations import MAX_COORDINATE, FDDBImage, check_rows, read_blocks
-from .predictions import ImagePredictions, result_rows
+from ...data.fddb_annotations import MAX_COORDINATE, FDDBImage, check_rows, read_blocks
+from ...files import write_atomically
+from ..wider_face.files import ImagePredictions, result_rows
 
 _FOLD = re.compile(r"(^|[-_])fold-?\d\d?([-_.]|$)", re.IGNORECASE)
 

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from group_sampling.evaluation.partial import ImageDetections, PartialDetections
+from group_sampling.evaluation.resume import ImageDetections, PartialDetections
 
 
 def detections(seed, with_scales=True):

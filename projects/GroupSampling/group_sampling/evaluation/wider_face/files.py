@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..files import write_atomically
+from ...files import write_atomically
 
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
 # About a million detections in one image; a file beyond it is damaged, or an archive made to exhaust memory.

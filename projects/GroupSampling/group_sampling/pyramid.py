@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
-from ..data.transforms import TestTransform
+from .data.transforms import TestTransform
 
 # A tile starts at a multiple of this, the coarsest stride of an FPN, so its cells are cells of the whole image.
 _ALIGNMENT = 32

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from group_sampling.data.transforms import TestTransform
-from group_sampling.evaluation.pyramid import Detections, ImagePyramid, merge_detections, tile_spans
+from group_sampling.pyramid import Detections, ImagePyramid, merge_detections, tile_spans
 
 KEEP_SIZE = TestTransform(0, 0)
 
@@ -316,7 +316,7 @@ def test_what_a_level_keeps_is_limited_and_inside_the_image():
 
     pyramid = make_pyramid((0.5, 1.0, 2.0), flip=True, max_detections=3, max_side=100, tile_overlap=40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("group_sampling.evaluation.pyramid.merge_detections", count)
+        patch.setattr("group_sampling.pyramid.merge_detections", count)
         pyramid(image, detect)
     assert len(merged) == 6 and max(merged) == 3
 

@@ -12,12 +12,13 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..data.catalog import evaluation_protocol
+from ..data.fddb_annotations import read_annotations
 from ..data.records import ImageRecord
-from ..evaluation import CocoAP, WiderFaceAP, fddb, write_predictions
-from ..evaluation.fddb_annotations import read_annotations
-from ..evaluation.fddb_predictions import write_fddb_predictions
-from ..evaluation.partial import ImageDetections, PartialDetections
 from ..version import __version__
+from . import CocoAP, WiderFaceAP, write_predictions
+from .fddb import roc as fddb
+from .fddb.files import write_fddb_predictions
+from .resume import ImageDetections, PartialDetections
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import write_atomically
-from .mat5 import MatValue, read_mat5
-from .wider_face import Curve, WiderFaceResult, area_under_envelope
+from ...files import write_atomically
+from ..mat5 import MatValue, read_mat5
+from .ap import Curve, WiderFaceResult, area_under_envelope
 
 logger = logging.getLogger(__name__)
 

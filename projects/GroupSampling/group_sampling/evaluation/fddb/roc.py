@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..files import write_atomically
-from .fddb_annotations import MAX_COORDINATE, FDDBImage, read_annotations
-from .fddb_regions import Spans, ellipse_spans, overlaps, rectangle_spans
-from .fddb_regressor import EllipseRegressor
+from ...data.fddb_annotations import MAX_COORDINATE, FDDBImage, read_annotations
+from ...files import write_atomically
+from .regions import Spans, ellipse_spans, overlaps, rectangle_spans
+from .regressor import EllipseRegressor
 
 # False positives, over all images, at which papers state the true positive rate.
 OPERATING_POINTS = (200, 500, 1000)
@@ -69,7 +69,7 @@ class FDDBRoc:
     """ROC curves by the FDDB protocol, fed image by image.
 
     The protocol, as its authors published it in C++: faces are ellipses, detections rectangles or ellipses, and overlap
-    is counted in pixels inside the image (:mod:`~group_sampling.evaluation.fddb_regions`). At each score of an image,
+    is counted in pixels inside the image (:mod:`~group_sampling.evaluation.fddb.regions`). At each score of an image,
     the detections from that score on are matched to the faces one to one, so that the sum of IoUs is largest. A pair
     with an IoU above 0.5 is a discrete true positive; every other detection is a false positive; the continuous score
     is the sum of the IoUs of all pairs. Where several matchings have the largest sum, which of them counts is not

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
+from group_sampling.criterion import AnchorCriterion, AnchorSampler, predict_from
 from group_sampling.ops import match_anchors
-from group_sampling.targets import AnchorCriterion, AnchorSampler, predict_from
 
 
 def make_grid(height=16, width=16, sizes=(16, 32)):

@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 
 from ..anchors import AnchorGrid, cell_anchors
 from ..config import ConfigError
+from ..criterion import count_anchors
 from ..data.records import ImageRecord, UnreadableImageError
-from ..targets import count_anchors
-from .common import AnchorLayout, build_criterion, build_train_transform
+from ..engines.build import AnchorLayout, build_criterion, build_train_transform
 
 _BATCH = 64  # images per call of the operator
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width

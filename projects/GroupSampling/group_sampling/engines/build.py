@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..anchors import AnchorGrid
 from ..config import ConfigError
+from ..criterion import AnchorCriterion, AnchorSampler
 from ..data.catalog import load_dataset, require_dataset
 from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
-from ..evaluation.pyramid import ImagePyramid
+from ..pyramid import ImagePyramid
 from ..roi_sampling import ROI_SAMPLERS, ProposalSampler
-from ..targets import AnchorCriterion, AnchorSampler
 
 logger = logging.getLogger(__name__)
 

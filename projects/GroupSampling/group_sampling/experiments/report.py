@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .data.records import ImageRecord, read_image
-from .evaluation import WiderFaceAP, read_predictions
-from .files import write_atomically
+from ..data.records import ImageRecord, read_image
+from ..evaluation import WiderFaceAP, read_predictions
+from ..files import write_atomically
 
 # Detections below this score are not drawn.
 DRAW_SCORE = 0.7

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .mat5 import MatValue, read_mat5
+from ..mat5 import MatValue, read_mat5
 
 _SUBSETS = ("easy", "medium", "hard")
 

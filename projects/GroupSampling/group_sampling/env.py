@@ -1,6 +1,7 @@
 """``python -m group_sampling.env``: what this environment can do, and why it cannot do the rest."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -8,13 +9,34 @@ import sys
 import torch
 
 from .data.catalog import dataset_names, missing_paths
-from .engines import resolve_engine
 from .ops import extension_status
 from .version import __version__
 
+ENGINES = ("detectron2", "torchvision")
+
+
+def resolve_engine(name: str = "auto") -> str:
+    """The engine that ``--engine name`` selects; ``auto`` is Detectron2 where it is installed, else torchvision.
+
+    Raises:
+        ValueError: unknown name.
+        ModuleNotFoundError: ``detectron2`` was asked for and is not installed.
+    """
+    has_detectron2 = importlib.util.find_spec("detectron2") is not None
+    if name == "auto":
+        return "detectron2" if has_detectron2 else "torchvision"
+    if name not in ENGINES:
+        raise ValueError(f"engine: expected auto, {' or '.join(ENGINES)}, got {name!r}")
+    if name == "detectron2" and not has_detectron2:
+        raise ModuleNotFoundError(
+            "--engine detectron2: Detectron2 is not installed in this environment; README.md (Install) tells how. "
+            "--engine torchvision runs the same configuration without it."
+        )
+    return name
+
 
 def collect_env() -> list[tuple[str, str]]:
-    """Names and values: versions, devices, the extension, the engine that ``auto`` takes, the data sets found."""
+    """Names and values: versions, devices, the extension, the engine that ``auto`` selects, the data sets found."""
     rows = [
         ("group_sampling", f"{__version__} ({os.path.dirname(os.path.abspath(__file__))})"),
         ("Python", f"{sys.version.split()[0]} on {platform.platform()}"),

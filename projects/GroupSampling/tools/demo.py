@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from group_sampling.data.catalog import load_dataset
-from group_sampling.engines import ENGINES, resolve_engine
+from group_sampling.env import ENGINES, resolve_engine
 from group_sampling.experiments.jobs import Job, run_jobs
 from group_sampling.experiments.report import Run, write_report
 from group_sampling.files import write_atomically

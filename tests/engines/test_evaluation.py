@@ -272,11 +272,10 @@ def test_coco_format_on_both_engines(tmp_path):
     from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 
     from group_sampling.engines.d2 import GroupSamplingEvaluator, Trainer
-    from group_sampling.engines.d2.train import setup
 
     args = Namespace(config_file=str(tmp_path / "tiny.yaml"), resume=False, eval_only=True)
     args.opts = [*opts, "INPUT.MIN_SIZE_TEST", "0", "OUTPUT_DIR", str(tmp_path / "d2")]
-    d2_cfg = setup(args)
+    d2_cfg = tv_cases.d2_setup(args)
     ours = Trainer.test(d2_cfg, model)
     assert {f"coco/{name}": value for name, value in ours["coco"].items()} == pytest.approx(expected, nan_ok=True)
     assert ours["wider_face"]["AP_all"] == pytest.approx(metrics["wider_face/AP_all"])
@@ -342,11 +341,11 @@ def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
         cfg = load_config(args.config_file, args.opts)
     else:
         from group_sampling.engines.d2 import GroupSamplingCheckpointer, Trainer
-        from group_sampling.engines.d2.train import _work, setup
+        from group_sampling.engines.d2.train import main
 
-        run, build, checkpointer = _work, Trainer.build_model, GroupSamplingCheckpointer
+        run, build, checkpointer = main, Trainer.build_model, GroupSamplingCheckpointer
         run(args)
-        cfg = setup(args)
+        cfg = tv_cases.d2_setup(args)
     model = build(cfg)
     checkpointer(model).load(str(tmp_path / "model_final.pth"))
     first, *others = records = load_dataset(NAME, cfg.DATASETS)

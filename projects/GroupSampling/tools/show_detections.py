@@ -20,7 +20,8 @@ from fvcore.common.config import CfgNode
 from torchvision.ops import box_iou
 
 from group_sampling.data.catalog import MissingDatasetError
-from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError, read_image
+from group_sampling.data.images import read_image
+from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError
 from group_sampling.engines import ENGINES, resolve_engine
 from group_sampling.engines.build import ConfigError, load_records
 from group_sampling.files import write_atomically

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..anchors import AnchorGrid
 from ..config import ConfigError
 from ..criterion import AnchorCriterion, AnchorSampler
-from ..data.catalog import load_dataset, require_dataset
+from ..data.catalog import Catalog
 from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
@@ -122,11 +122,12 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
         MissingDatasetError: files are missing.
     """
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            try:
-                require_dataset(name, cfg.DATASETS)
-            except ValueError as error:
-                raise ConfigError(f"DATASETS.{key}: {error}") from error
+        try:
+            catalog = Catalog(cfg.DATASETS)
+            for name in cfg.DATASETS[key]:
+                catalog[name].require()
+        except ValueError as error:
+            raise ConfigError(f"DATASETS.{key}: {error}") from error
 
 
 def resolve_seed(cfg: CfgNode, keep: bool, shared_random_seed: Callable[[], int]) -> None:
@@ -318,7 +319,8 @@ def build_pyramid(cfg: CfgNode) -> ImagePyramid:
 
 def load_records(cfg: CfgNode, names: Sequence[str]) -> list[ImageRecord]:
     """The images of several data sets, one after the other."""
-    return [record for name in names for record in load_dataset(name, cfg.DATASETS)]
+    catalog = Catalog(cfg.DATASETS)
+    return [record for name in names for record in catalog[name].records]
 
 
 def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: int, start_iter: int):

@@ -11,14 +11,15 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data.catalog import evaluation_protocol
-from ..data.fddb_annotations import read_annotations
+from ..data.catalog import Catalog
+from ..data.fddb import read_annotations
 from ..data.records import ImageRecord
+from ..detections import Detections
 from ..version import __version__
 from . import CocoAP, WiderFaceAP, write_predictions
 from .fddb import roc as fddb
 from .fddb.files import write_fddb_predictions
-from .resume import ImageDetections, PartialDetections
+from .resume import PartialDetections
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Evaluation:
         self._records = records
         self._is_main = rank == 0
         self._gather = gather
-        self._detections: dict[str, ImageDetections] = {}
+        self._detections: dict[str, Detections] = {}
         self._partial = PartialDetections(
             os.path.join(_folder(cfg, dataset_name), "partial"), _fingerprint(cfg, dataset_name, records, model)
         )
@@ -81,7 +82,7 @@ class Evaluation:
         done = set(all_gather(list(self._detections))[0])
         self.share = [record for record in records if record.image_id not in done][rank::world_size]
 
-    def add(self, image_id: str, detections: ImageDetections) -> None:
+    def add(self, image_id: str, detections: Detections) -> None:
         """Note what was found in an image."""
         self._detections[image_id] = detections
         self._partial.add(image_id, detections)
@@ -105,7 +106,7 @@ class Evaluation:
 
 
 def evaluate_detections(
-    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, ImageDetections]
+    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, Detections]
 ) -> dict[str, dict[str, float]]:
     """Score a data set's detections and write results, detections and PR curves under ``OUTPUT_DIR/inference``.
 
@@ -126,7 +127,8 @@ def evaluate_detections(
     if missing:
         logger.warning(f"{dataset_name}: {missing} of {len(records)} images were not looked at and count as empty")
     results = {}
-    protocol, paths = evaluation_protocol(dataset_name, cfg.DATASETS)
+    source = Catalog(cfg.DATASETS)[dataset_name]
+    protocol, paths = source.protocol, source.paths
     if protocol == "fddb":
         results["fddb"] = _evaluate_fddb(cfg, dataset_name, *paths, detections)
     if protocol == "coco":
@@ -137,7 +139,7 @@ def evaluate_detections(
 
 
 def _evaluate_wider_face(
-    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, ImageDetections]
+    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, Detections]
 ) -> dict[str, float]:
     scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
     if cfg.TEST.WIDER_GROUND_TRUTH:
@@ -158,7 +160,7 @@ def _evaluate_wider_face(
 
 
 def _evaluate_coco(
-    cfg: CfgNode, dataset_name: str, annotations: str, detections: dict[str, ImageDetections]
+    cfg: CfgNode, dataset_name: str, annotations: str, detections: dict[str, Detections]
 ) -> dict[str, float]:
     metric = CocoAP.from_file(annotations, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
     for image_id, found in detections.items():
@@ -176,7 +178,7 @@ def _evaluate_coco(
 
 
 def _evaluate_fddb(
-    cfg: CfgNode, dataset_name: str, annotations: str, image_root: str, detections: dict[str, ImageDetections]
+    cfg: CfgNode, dataset_name: str, annotations: str, image_root: str, detections: dict[str, Detections]
 ) -> dict[str, float]:
     images = read_annotations(annotations, image_root)
     metric = fddb.FDDBRoc(images)

@@ -8,8 +8,9 @@ from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from ...data.catalog import class_names, dataset_names, load_dataset
-from ...data.records import ImageRecord, read_image
+from ...data.catalog import Catalog, Source
+from ...data.images import read_image
+from ...data.records import ImageRecord
 from ...data.transforms import TestTransform, TrainTransform
 from ..build import build_test_transform, build_train_transform
 
@@ -41,9 +42,9 @@ def to_record(dataset_dict: dict) -> ImageRecord:
     )
 
 
-def _load_dicts(name: str, cfg_datasets) -> list[dict]:
-    MetadataCatalog.get(name).thing_classes = list(class_names(name, cfg_datasets))
-    return [to_dataset_dict(record) for record in load_dataset(name, cfg_datasets)]
+def _load_dicts(source: Source) -> list[dict]:
+    MetadataCatalog.get(source.name).thing_classes = list(source.class_names)
+    return [to_dataset_dict(record) for record in source.records]
 
 
 def register_datasets(cfg=None) -> None:
@@ -52,12 +53,12 @@ def register_datasets(cfg=None) -> None:
     Reads no file: a data set and its class names are read when it is used. Registering again replaces what this project
     registered before.
     """
-    cfg_datasets = None if cfg is None else cfg.DATASETS
-    for name in dataset_names(cfg_datasets):
+    catalog = Catalog(None if cfg is None else cfg.DATASETS)
+    for name in catalog.names:
         if name in DatasetCatalog.list():
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, functools.partial(_load_dicts, name, cfg_datasets))
+        DatasetCatalog.register(name, functools.partial(_load_dicts, catalog[name]))
         MetadataCatalog.get(name).set(evaluator_type="wider_face")
 
 

@@ -5,9 +5,9 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
-from ...data.catalog import load_dataset
+from ...data.catalog import Catalog
 from ...data.records import ImageRecord
-from ...evaluation.resume import ImageDetections
+from ...detections import Detections
 from ...evaluation.run import Evaluation, evaluate_detections
 
 
@@ -23,14 +23,14 @@ class GroupSamplingEvaluator(DatasetEvaluator):
         self._cfg = cfg
         self._dataset_name = dataset_name
         self._evaluation: Evaluation | None = None
-        self._detections: dict[str, ImageDetections] = {}
+        self._detections: dict[str, Detections] = {}
 
     def start(self, model: nn.Module, *, resume: bool) -> list[ImageRecord]:
         """Begin an evaluation that can be interrupted; returns the images that this process has to look at."""
         self._evaluation = Evaluation(
             self._cfg,
             self._dataset_name,
-            load_dataset(self._dataset_name, self._cfg.DATASETS),
+            Catalog(self._cfg.DATASETS)[self._dataset_name].records,
             model,
             resume=resume,
             rank=comm.get_rank(),
@@ -46,7 +46,7 @@ class GroupSamplingEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs):
             found = output["instances"].to("cpu")
-            detections = ImageDetections(
+            detections = Detections(
                 boxes=found.pred_boxes.tensor.numpy(),
                 scores=found.scores.numpy(),
                 classes=found.pred_classes.numpy() if found.has("pred_classes") else np.zeros(len(found), np.int64),
@@ -66,5 +66,5 @@ class GroupSamplingEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         detections = {image_id: found for share in gathered for image_id, found in share.items()}
-        records = load_dataset(self._dataset_name, self._cfg.DATASETS)
+        records = Catalog(self._cfg.DATASETS)[self._dataset_name].records
         return evaluate_detections(self._cfg, self._dataset_name, records, detections)

@@ -28,8 +28,8 @@ from torchvision.ops import clip_boxes_to_image
 from ...checkpoint import CheckpointMixin
 from ...data.loader import build_test_loader
 from ...data.records import ImageRecord
+from ...detections import Detections
 from ...env import collect_env
-from ...evaluation.resume import ImageDetections
 from ...evaluation.run import Evaluation
 from ...files import write_atomically
 from ..build import (
@@ -232,7 +232,7 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
         boxes = clip_boxes_to_image(output["boxes"] * factors, (record.height, record.width))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         found = boxes[keep], *(output[name][keep] for name in ("scores", "labels", "anchor_scales"))
-        evaluation.add(record.image_id, ImageDetections(*(tensor.cpu().numpy() for tensor in found)))
+        evaluation.add(record.image_id, Detections(*found).numpy())
         now = time.perf_counter()
         if now - last_report > _PROGRESS_SECONDS:
             eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))

@@ -27,7 +27,7 @@ import group_sampling.engines.d2 as d2
 from group_sampling.anchors import AnchorGrid
 from group_sampling.checkpoint import convert_names
 from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError, load_dataset
+from group_sampling.data.catalog import Catalog, MissingDatasetError
 from group_sampling.engines.d2.data import to_dataset_dict, to_record
 from group_sampling.engines.d2.train import main
 
@@ -273,7 +273,7 @@ def test_datasets_are_registered(make_cfg):
 
 def test_dataset_dicts_convert_back(make_cfg):
     cfg = make_cfg()
-    for record in load_dataset("synthetic_faces_val", cfg.DATASETS):
+    for record in Catalog(cfg.DATASETS)["synthetic_faces_val"].records:
         again = to_record(to_dataset_dict(record))
         assert again.file_name == record.file_name and again.image_id == record.image_id
         assert np.array_equal(again.boxes, record.boxes) and np.array_equal(again.ignore, record.ignore)

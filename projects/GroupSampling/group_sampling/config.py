@@ -21,6 +21,9 @@ class ConfigError(ValueError):
 # Paper, Sec. 5: training images are resized by 0.25 * n, n = 1 ... 8.
 SCALE_JITTER = tuple(0.25 * n for n in range(1, 9))
 
+# The built-in procedural faces, synthetic_faces_train and synthetic_faces_val.
+SYNTHETIC_DEFAULTS = {"NUM_TRAIN": 2000, "NUM_VAL": 200, "HEIGHT": 480, "WIDTH": 640, "SEED": 0}
+
 
 def add_group_sampling_config(cfg: CfgNode) -> None:
     """Add the keys of this project to ``cfg``, Detectron2's or the torchvision engine's; no other key changes."""
@@ -54,13 +57,7 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # (one image path a line, the set is restricted to them) belongs to the config: relative to the working directory.
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
     cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list]), ...)
-    # The built-in procedural faces: synthetic_faces_train and synthetic_faces_val.
-    synthetic = cfg.DATASETS.SYNTHETIC = node()
-    synthetic.NUM_TRAIN = 2000
-    synthetic.NUM_VAL = 200
-    synthetic.HEIGHT = 480
-    synthetic.WIDTH = 640
-    synthetic.SEED = 0
+    cfg.DATASETS.SYNTHETIC = node(SYNTHETIC_DEFAULTS)
 
     # Training stops when more than this share of the images drawn could not be read.
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from .data.catalog import dataset_names, missing_paths
+from .data.catalog import Catalog
 from .ops import extension_status
 from .version import __version__
 
@@ -63,8 +63,9 @@ def collect_env() -> list[tuple[str, str]]:
     rows.append(("engine auto", resolve_engine("auto")))
 
     rows.append(("data root", os.environ.get("DETECTRON2_DATASETS", "datasets") + " ($DETECTRON2_DATASETS)"))
-    for name in dataset_names():
-        missing = missing_paths(name)
+    catalog = Catalog()
+    for name in catalog.names:
+        missing = catalog[name].missing_paths
         rows.append((f"  {name}", f"missing {', '.join(missing)}" if missing else "found"))
     return rows
 

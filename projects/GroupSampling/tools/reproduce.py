@@ -28,10 +28,10 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from group_sampling.config import ConfigError
+from group_sampling.config import ConfigError, get_value
 from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.data.records import ImageRecord
-from group_sampling.engines.build import get_value, load_records
+from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
 from group_sampling.env import ENGINES, resolve_engine
 from group_sampling.experiments.balance import sample_balance

@@ -132,11 +132,11 @@ def test_top_down_path_is_bilinear(make_cfg):
 
 def test_grid_is_the_generators_anchors(make_cfg):
     cfg = make_cfg("MODEL.RPN.IN_FEATURES", "['p2', 'p4']", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5, 1.0, 2.0]]")
-    generator = build_model(cfg).proposal_generator.anchor_generator
+    rpn = build_model(cfg).proposal_generator
     features = [torch.zeros(1, 1, 20, 31), torch.zeros(1, 1, 5, 8)]
-    grid = generator.grid(features)
+    grid = rpn.grid(features)
     assert isinstance(grid, AnchorGrid)
-    assert torch.equal(grid.boxes(), Boxes.cat(generator(features)).tensor)
+    assert torch.equal(grid.boxes(), Boxes.cat(rpn.anchor_generator(features)).tensor)
 
 
 def test_rpn_in_a_stock_meta_architecture(make_cfg):
@@ -329,7 +329,6 @@ def test_unreadable_images_in_training_are_skipped_and_reported(make_args, tmp_p
         (["INPUT.FORMAT", "BGR"], r"INPUT\.FORMAT: expected 'RGB', got 'BGR'"),
         (["SOLVER.BASE_LR", "fast"], r"SOLVER\.BASE_LR"),
         (["SEED"], "pairs KEY VALUE"),
-        (["DATASETS.TEST", "('synthetic_faces_vel',)"], r"DATASETS\.TEST: .*did you mean 'synthetic_faces_val'"),
         (["MODEL.RPN.IOU_THRESHOLDS", "[0.5]"], r"MODEL\.RPN\.IOU_THRESHOLDS and .*expected .*got \[0\.5\]"),
     ],
 )
@@ -345,6 +344,8 @@ def test_missing_files_stop_the_run_before_it_starts(make_args, monkeypatch, tmp
     with pytest.raises(MissingDatasetError, match="wider_face_train"):
         main(make_args("DATASETS.TRAIN", "('wider_face_train',)"))
     main(make_args("DATASETS.TRAIN", "('wider_face_train',)", eval_only=True))
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST: .*did you mean 'synthetic_faces_val'"):
+        main(make_args("DATASETS.TEST", "('synthetic_faces_vel',)"))
     args = make_args()
     args.config_file = "nowhere.yaml"
     with pytest.raises(ConfigError, match=r"--config-file nowhere\.yaml: no such file"):

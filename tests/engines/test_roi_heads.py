@@ -125,6 +125,7 @@ def test_losses_by_hand(box_loss_type, first_label):
     classes = [2, 0]
     target = make_target(gts.tolist(), [c + first_label for c in classes])
     drawn, matched, _, _ = heads.select_training_samples([boxes], [target])
+    heads.iteration = 0  # the same draw again
     _, losses = heads(
         {"0": torch.rand(1, 8, 32, 32, generator=torch.Generator().manual_seed(1))}, [boxes], [(128, 128)], [target]
     )

@@ -135,7 +135,7 @@ def register_datasets(cfg: CfgNode | None = None) -> None:
             if cfg is None:
                 continue
             DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
         source = catalog[name]
         DatasetCatalog.register(name, functools.partial(_load_dicts, source))
         if source.protocol != "coco":

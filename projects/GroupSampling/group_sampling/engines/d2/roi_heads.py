@@ -20,7 +20,7 @@ from .rpn import LOG_PERIOD
 class GroupedFastRCNNOutputLayers(FastRCNNOutputLayers):
     """``FastRCNNOutputLayers`` that knows the paper's regression losses and hands on the scale of the proposals.
 
-    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 4.3, Table 3) besides Detectron2's
+    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 5, Table 3) besides Detectron2's
     own types.
     """
 

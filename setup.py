@@ -30,6 +30,7 @@ CPU_SOURCES = [
     "csrc/match_anchor_grid.cpp",
     "csrc/match_anchors.cpp",
     "csrc/pairwise_iou.cpp",
+    "csrc/parse.cpp",
     "csrc/sample_groups.cpp",
     "csrc/cpu/assign_and_sample_cpu.cpp",
     "csrc/cpu/draw.cpp",
@@ -40,9 +41,14 @@ CPU_SOURCES = [
     "csrc/cpu/window_matcher.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/cuda/match_cuda.cu",
-    "csrc/cuda/operators_cuda.cpp",
-    "csrc/cuda/sample_cuda.cu",
+    "csrc/cuda/assign_and_sample_cuda.cpp",
+    "csrc/cuda/match_anchor_grid_cuda.cpp",
+    "csrc/cuda/match_anchors_cuda.cpp",
+    "csrc/cuda/match_kernels.cu",
+    "csrc/cuda/pairwise_iou_cuda.cpp",
+    "csrc/cuda/pairwise_iou_kernels.cu",
+    "csrc/cuda/sample_groups_cuda.cpp",
+    "csrc/cuda/sample_kernels.cu",
 ]
 
 

@@ -14,11 +14,6 @@ __global__ void upload_kernel(const UploadChunk chunk, int count, unsigned char*
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) out[i] = chunk.bytes[i];
 }
 
-template <typename T>
-__global__ void iou_kernel(const Box<T>* boxes1, const Box<T>* boxes2, int64_t m, int64_t pairs, T* out) {
-  for (int64_t i = grid_index(); i < pairs; i += grid_size()) out[i] = iou(boxes1[i / m], boxes2[i % m]);
-}
-
 // One anchor to a thread; the block reads the ground truths tile by tile.
 template <typename T>
 __global__ void dense_kernel(const MatchState<T> state, const Box<T>* anchors, const Box<T>* gts, int64_t num_gts,
@@ -81,7 +76,7 @@ __device__ void for_each_in_windows(const GridTable& grid, const BoxBatch<T>& ba
     const uint32_t cells = static_cast<uint32_t>(window.row1 - window.row0 + 1) * columns;
     for (auto cell = static_cast<uint32_t>(lane); cell < cells; cell += kLanes) {
       const int64_t row = window.row0 + cell / columns, col = window.col0 + cell % columns;
-      const int64_t anchor = lattice.start + lattice.step * (row * lattice.width + col);
+      const int64_t anchor = anchor_of_cell(lattice, row * lattice.width + col);
       visit(image, index - batch.offsets[image], image * grid.num_anchors + anchor, lattice_box<T>(lattice, row, col),
             box);
     }
@@ -177,12 +172,6 @@ void upload(const void* host, int64_t bytes, void* device, cudaStream_t stream) 
 }
 
 template <typename T>
-void pairwise_iou(const Box<T>* boxes1, int64_t n, const Box<T>* boxes2, int64_t m, T* out, cudaStream_t stream) {
-  if (n * m == 0) return;
-  iou_kernel<T><<<blocks_for(n * m), kThreads, 0, stream>>>(boxes1, boxes2, m, n * m, out);
-}
-
-template <typename T>
 void match_dense(const MatchState<T>& state, const Box<T>* anchors, const BoxBatch<T>& gts, const BoxBatch<T>& ignores,
                  cudaStream_t stream) {
   if (state.num_anchors == 0 || gts.total + ignores.total == 0) return;
@@ -222,7 +211,6 @@ void write_matches(const MatchState<T>& state, int8_t* labels, int64_t* matched_
 }
 
 #define GS_INSTANTIATE(T)                                                                                        \
-  template void pairwise_iou<T>(const Box<T>*, int64_t, const Box<T>*, int64_t, T*, cudaStream_t);               \
   template void match_dense<T>(const MatchState<T>&, const Box<T>*, const BoxBatch<T>&, const BoxBatch<T>&,      \
                                cudaStream_t);                                                                    \
   template void match_windows<T>(const MatchState<T>&, const GridTable&, const BoxBatch<T>&, const BoxBatch<T>&, \

@@ -20,26 +20,16 @@ __device__ Member member_of(const MemberTable& table, int64_t anchor) {
     if (group < 0 || group >= table.num_groups) return {-1, 0};
     return {group, static_cast<uint32_t>(table.member_of[anchor])};
   }
-  int64_t level = 0;  // its first lattice
-  for (;; level += table.grid.lattices[level].step) {
-    const Lattice& first = table.grid.lattices[level];
-    if (anchor - first.start < first.step * first.height * first.width) break;
-  }
-  const int64_t in_level = anchor - table.grid.lattices[level].start, step = table.grid.lattices[level].step;
-  const Lattice& lattice = table.grid.lattices[level + in_level % step];
-  return {lattice.group, static_cast<uint32_t>(lattice.first_member + in_level / step)};
+  const AnchorPlace place = locate_anchor(table.grid.lattices, anchor);
+  const Lattice& lattice = table.grid.lattices[place.lattice];
+  return {lattice.group, static_cast<uint32_t>(member_of_cell(lattice, place.cell))};
 }
 
 __device__ int64_t anchor_of(const MemberTable& table, int64_t group, uint32_t number) {
   if (table.group_ids != nullptr) return table.members[table.group_offsets[group] + number];
-  for (int64_t l = 0; l < table.grid.num_lattices; ++l) {
-    const Lattice& lattice = table.grid.lattices[l];
-    const int64_t cell = static_cast<int64_t>(number) - lattice.first_member;
-    if (lattice.group == group && cell >= 0 && cell < lattice.height * lattice.width) {
-      return lattice.start + lattice.step * cell;
-    }
-  }
-  return -1;  // not reached: number is below the group's size
+  int64_t lattice, cell;
+  locate_member(table.grid.lattices, table.grid.num_lattices, group, number, &lattice, &cell);
+  return anchor_of_cell(table.grid.lattices[lattice], cell);
 }
 
 __global__ void permutation_kernel(const int64_t* group_offsets, int64_t num_images, int64_t num_groups,

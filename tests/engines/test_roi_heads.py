@@ -38,8 +38,8 @@ TWO_STAGE = [
     "table5/fast_rcnn",
     "table5/fast_rcnn_iou",
     "table5/grouped_fast_rcnn",
-    "table3/fast_rcnn_smooth_l1",
-    "table3/fast_rcnn_iou_log",
+    "ablations/fast_rcnn_smooth_l1",
+    "ablations/fast_rcnn_iou_log",
     "coco_grouped_faster_rcnn",
 ]
 ROI_LOSSES = {"loss_cls", "loss_box_reg"}

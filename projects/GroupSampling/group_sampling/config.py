@@ -63,7 +63,8 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1
 
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
-    cfg.TEST.WIDER_GROUND_TRUTH = ""
+    # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
+    cfg.TEST.WIDER_GROUND_TRUTH = "auto"
 
     # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.

@@ -1,6 +1,6 @@
 """Losses of the paper, unreduced: one value per box.
 
-``iou_l2`` is ‖1 − IoU‖² (Eq. 2); ``iou_log`` is UnitBox's −ln IoU and ``smooth_l1`` acts on the deltas (both Table 3).
+``iou_l2`` is ‖1 − IoU‖² (Sec. 5, Eq. 2); ``iou_log`` is UnitBox's −ln IoU, ``smooth_l1`` acts on the deltas (Table 3).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def box_loss(
     smooth_l1_beta: float = 0.0,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Regression loss of each predicted box (Sec. 4.3 and Table 3).
+    """Regression loss of each predicted box (Sec. 5 and Table 3).
 
     Args:
         kind: one of :data:`BOX_LOSSES`.

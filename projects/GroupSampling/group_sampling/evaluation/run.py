@@ -21,6 +21,7 @@ from . import CocoAP, WiderFaceAP, write_predictions
 from .fddb import roc as fddb
 from .fddb.files import write_fddb_predictions
 from .resume import PartialDetections
+from .wider_face.ground_truth import find_official_ground_truth
 
 logger = logging.getLogger(__name__)
 
@@ -132,16 +133,16 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
     if protocol == "coco":
         results["coco"] = _evaluate_coco(cfg, dataset_name, paths[0], detections)
     if protocol == "wider_face" or (protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1):
-        results["wider_face"] = _evaluate_wider_face(cfg, dataset_name, records, detections)
+        results["wider_face"] = _evaluate_wider_face(cfg, source, detections)
     return results
 
 
-def _evaluate_wider_face(
-    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, Detections]
-) -> dict[str, float]:
+def _evaluate_wider_face(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, float]:
+    dataset_name, records = source.name, source.records
     scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
-    if cfg.TEST.WIDER_GROUND_TRUTH:
-        metric = WiderFaceAP.from_official(cfg.TEST.WIDER_GROUND_TRUTH, scales=scales)
+    ground_truth = _official_ground_truth(cfg, source)
+    if ground_truth:
+        metric = WiderFaceAP.from_official(ground_truth, scales=scales)
     else:
         metric = WiderFaceAP.from_records(records, scales=scales)
     for image_id, found in detections.items():
@@ -155,6 +156,20 @@ def _evaluate_wider_face(
     result.plot(os.path.join(folder, "pr_curves.png"))
     logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
     return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}
+
+
+def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:
+    """The folder that ``TEST.WIDER_GROUND_TRUTH`` names or, with "auto", that lies with the data set; else nothing."""
+    if cfg.TEST.WIDER_GROUND_TRUTH != "auto":
+        return cfg.TEST.WIDER_GROUND_TRUTH
+    if source.name != "wider_face_val":  # Easy, Medium and Hard are of the whole validation set
+        return None
+    annotations = source.paths[0]  # WIDER_FACE/wider_face_split/...
+    dataset = os.path.dirname(os.path.dirname(annotations))
+    folder = find_official_ground_truth(dataset)
+    if folder is None:
+        logger.info(f"{source.name}: no Easy, Medium and Hard, since {dataset}/ground_truth has no official files")
+    return folder
 
 
 def _evaluate_coco(

@@ -21,7 +21,7 @@ from .rpn import log_counts
 class GroupedFastRCNNOutputLayers(FastRCNNOutputLayers):
     """``FastRCNNOutputLayers`` with the paper's regression losses, whose detections have the scale of their proposal.
 
-    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 4.3, Table 3) or one of
+    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 5, Table 3) or one of
     Detectron2's own types.
     """
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..anchors import AnchorGrid
 from ..config import ConfigError
-from ..criterion import AnchorCriterion, AnchorSampler
+from ..criterion import AnchorCriterion
 from ..data.catalog import load_dataset, require_dataset
 from ..data.loader import build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
 from ..pyramid import ImagePyramid
-from ..roi_sampling import ROI_SAMPLERS, ProposalSampler
+from ..roi_sampling import ROI_SAMPLERS
+from ..samplers import build_anchor_sampler, named_class
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.RPN.IOU_THRESHOLDS must be [λ2, λ1] and MODEL.RPN.IOU_LABELS [0, -1, 1], got "
             f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
         )
+    build_anchor_sampler(cfg)
+    named_class(cfg, "MODEL.GROUP_SAMPLING.ROI_SAMPLER", ROI_SAMPLERS)
     if cfg.MODEL.ANCHOR_GENERATOR.OFFSET != 0.0:
         raise ConfigError(
             f"MODEL.ANCHOR_GENERATOR.OFFSET must be 0, got {cfg.MODEL.ANCHOR_GENERATOR.OFFSET}: with another value the "
@@ -232,56 +235,10 @@ def _per_level(values: Sequence[Sequence[float]], num_levels: int, key: str) -> 
     return tuple(tuple(level) for level in values) * (num_levels // len(values))
 
 
-def face_prior(cfg: CfgNode) -> float | None:
-    """What a fresh head predicts: focal loss needs the small probability of its paper, else 1/2 (None)."""
-    return cfg.MODEL.RETINANET.PRIOR_PROB if cfg.MODEL.GROUP_SAMPLING.SAMPLER == "focal" else None
-
-
 def build_criterion(cfg: CfgNode) -> AnchorCriterion:
-    rpn, gs = cfg.MODEL.RPN, cfg.MODEL.GROUP_SAMPLING
-    neg_iou, pos_iou = rpn.IOU_THRESHOLDS
-    sampler = AnchorSampler(
-        gs.SAMPLER,
-        num_samples=gs.SAMPLES_PER_GROUP if gs.SAMPLER == "group" else rpn.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=rpn.POSITIVE_FRACTION,
-        pos_iou=pos_iou,
-        neg_iou=neg_iou,
-        second_pass=gs.SECOND_PASS,
-        ignore_ioa=gs.IGNORE_IOA,
-        seed=cfg.SEED,
-    )
+    rpn = cfg.MODEL.RPN
     return AnchorCriterion(
-        sampler,
-        box_loss_type=rpn.BBOX_REG_LOSS_TYPE,
-        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
-        focal_alpha=cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
-        focal_gamma=cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
-    )
-
-
-def build_proposal_sampler(cfg: CfgNode) -> ProposalSampler:
-    """The sampler that ``MODEL.GROUP_SAMPLING.ROI_*`` and ``MODEL.ROI_HEADS`` describe.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    heads, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.GROUP_SAMPLING
-    if gs.ROI_SAMPLER not in ROI_SAMPLERS:
-        raise ConfigError(f"MODEL.GROUP_SAMPLING.ROI_SAMPLER must be one of {ROI_SAMPLERS}, got {gs.ROI_SAMPLER!r}")
-    if list(heads.IOU_LABELS) != {1: [0, 1], 2: [0, -1, 1]}.get(len(heads.IOU_THRESHOLDS)):
-        raise ConfigError(
-            "MODEL.ROI_HEADS.IOU_THRESHOLDS and IOU_LABELS must be [t] and [0, 1], or [negative below, positive from] "
-            f"and [0, -1, 1], got {heads.IOU_THRESHOLDS} and {heads.IOU_LABELS}"
-        )
-    return ProposalSampler(
-        gs.ROI_SAMPLER,
-        num_samples=gs.ROI_SAMPLES_PER_GROUP if gs.ROI_SAMPLER == "group" else heads.BATCH_SIZE_PER_IMAGE,
-        scales=[size for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes],
-        positive_fraction=heads.POSITIVE_FRACTION,
-        pos_iou=heads.IOU_THRESHOLDS[-1],
-        neg_iou=heads.IOU_THRESHOLDS[0],
-        ignore_ioa=gs.IGNORE_IOA,
-        seed=cfg.SEED,
+        build_anchor_sampler(cfg), box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA
     )
 
 

@@ -12,8 +12,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ...losses import box_loss
-from ...roi_sampling import ProposalSample, ProposalSampler
-from ..build import build_proposal_sampler
+from ...roi_sampling import ProposalSample, ProposalSampler, build_proposal_sampler
+from ...samplers import name_counts
 from .rpn import LOG_PERIOD
 
 
@@ -129,17 +129,15 @@ class GroupedROIHeads(StandardROIHeads):
             iteration=storage.iter,
         )
         if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
-            for name, counts in zip(("num_pos", "num_neg"), self.sampler.count_by_scale(samples)):
-                for scale, count in zip(self.sampler.scales, counts.tolist()):
-                    storage.put_scalar(f"roi/{name}@{scale:g}", count)
+            num_pos, num_neg = self.sampler.count_by_scale(samples)
+            storage.put_scalars(**name_counts("roi", self.sampler.scales, num_pos.tolist(), num_neg.tolist()))
         return [self._label(*image) for image in zip(proposals, targets, samples)]
 
     def _label(self, proposals: Instances, targets: Instances, sample: ProposalSample) -> Instances:
         drawn = proposals[sample.indices]
-        drawn.gt_classes = torch.full_like(sample.indices, self.num_classes)
+        drawn.gt_classes = sample.classes(targets.gt_classes, background=self.num_classes)
         if len(targets) > 0:
             matched = sample.matched_gt.clamp(min=0)  # negatives have a target that nobody reads
-            drawn.gt_classes = torch.where(sample.labels == 1, targets.gt_classes[matched], drawn.gt_classes)
             for name, value in targets.get_fields().items():
                 if name.startswith("gt_") and not drawn.has(name):
                     drawn.set(name, value[matched])

@@ -14,9 +14,11 @@ from torch import Tensor
 from ... import head
 from ...anchors import AnchorGrid
 from ...config import ConfigError
-from ...criterion import AnchorCriterion, predict_from
-from ...inference import flatten_predictions, select_proposals
-from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, face_prior
+from ...criterion import AnchorCriterion
+from ...head import flatten_predictions, predict_from
+from ...inference import select_proposals
+from ...samplers import build_anchor_sampler, name_counts
+from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion
 
 # The numbers of drawn samples are read back from the device this often (in iterations), not every time.
 LOG_PERIOD = 20
@@ -74,7 +76,7 @@ class SoftmaxRPNHead(head.SoftmaxRPNHead):
             "in_channels": channels.pop(),
             "num_anchors": layout.anchors_per_cell,
             "steps": layout.steps,
-            "face_prior": face_prior(cfg),
+            "face_prior": build_anchor_sampler(cfg).face_prior,
         }
 
 
@@ -163,9 +165,8 @@ class GroupSamplingRPN(RPN):
             iteration=storage.iter,
         )
         if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
-            for name, counts in (("num_pos", result.num_pos), ("num_neg", result.num_neg)):
-                for scale, count in zip(grid.scales, counts.tolist()):
-                    storage.put_scalar(f"rpn/{name}@{scale:g}", count)
+            counts = name_counts("rpn", grid.scales, result.num_pos.tolist(), result.num_neg.tolist())
+            storage.put_scalars(**counts)
         seconds = self.criterion.sampler.timer.seconds
         if seconds is not None:
             storage.put_scalar("time_assign", seconds)

@@ -20,10 +20,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
 from ...anchors import AnchorGrid, cell_anchors
-from ...criterion import AnchorCriterion, Predict, predict_from
-from ...head import SoftmaxRPNHead
-from ...inference import Proposals, flatten_predictions, proposals_to_detections, select_proposals
-from ..build import SINGLE_STAGE_HEADS, AnchorLayout, ConfigError, build_criterion, face_prior
+from ...criterion import AnchorCriterion
+from ...head import Predict, SoftmaxRPNHead, flatten_predictions, predict_from
+from ...inference import Proposals, proposals_to_detections, select_proposals
+from ...samplers import build_anchor_sampler, name_counts
+from ..build import SINGLE_STAGE_HEADS, AnchorLayout, ConfigError, build_criterion
 from .config import FPN_BACKBONE
 from .roi_heads import build_grouped_roi_heads
 
@@ -259,11 +260,7 @@ class GroupSamplingRPN(RegionProposalNetwork):
         gt_boxes = [target["boxes"] for target in targets]
         ignore_boxes = [target.get("ignore_boxes", boxes.new_zeros((0, 4))) for target, boxes in zip(targets, gt_boxes)]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes, iteration=self.iteration)
-        self.sample_counts = {
-            f"rpn/{name}@{scale:g}": count
-            for name, counts in (("num_pos", result.num_pos), ("num_neg", result.num_neg))
-            for scale, count in zip(grid.scales, counts)
-        }
+        self.sample_counts = name_counts("rpn", grid.scales, result.num_pos, result.num_neg)
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}
 
@@ -371,7 +368,12 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
         backbone=build_backbone(cfg),
         rpn=GroupSamplingRPN(
             GroupedAnchorGenerator(layout),
-            SoftmaxRPNHead(channels.pop(), layout.anchors_per_cell, steps=layout.steps, face_prior=face_prior(cfg)),
+            SoftmaxRPNHead(
+                channels.pop(),
+                layout.anchors_per_cell,
+                steps=layout.steps,
+                face_prior=build_anchor_sampler(cfg).face_prior,
+            ),
             fg_iou_thresh=fg_iou_thresh,
             bg_iou_thresh=bg_iou_thresh,
             batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,

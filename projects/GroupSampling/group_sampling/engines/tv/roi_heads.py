@@ -12,8 +12,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
-from ...roi_sampling import ProposalSampler
-from ..build import build_proposal_sampler
+from ...roi_sampling import ProposalSampler, build_proposal_sampler
+from ...samplers import name_counts
 
 
 class SingleLevelRoIAlign(nn.Module):
@@ -150,21 +150,12 @@ class GroupedRoIHeads(RoIHeads):
             [target.get("ignore_boxes", gt[:0]) for target, gt in zip(targets, gt_boxes)],
             iteration=self.iteration,
         )
-        self.sample_counts = {
-            f"roi/{name}@{scale:g}": count
-            for name, counts in zip(("num_pos", "num_neg"), self.sampler.count_by_scale(samples))
-            for scale, count in zip(self.sampler.scales, counts)
-        }
+        self.sample_counts = name_counts("roi", self.sampler.scales, *self.sampler.count_by_scale(samples))
         boxes = [image[sample.indices] for image, sample in zip(proposals, samples)]
         labels, matched_boxes = [], []
         for target, gt, drawn, sample in zip(targets, gt_boxes, boxes, samples):
-            if len(gt) == 0:
-                labels.append(torch.zeros_like(sample.indices))
-                matched_boxes.append(drawn)
-                continue
-            matched = sample.matched_gt.clamp(min=0)
-            labels.append((target["labels"][matched] + 1 - self.first_label).masked_fill(sample.labels == 0, 0))
-            matched_boxes.append(gt[matched])
+            labels.append(sample.classes(target["labels"] + 1 - self.first_label, background=0))
+            matched_boxes.append(gt[sample.matched_gt.clamp(min=0)] if len(gt) else drawn)
         return boxes, [sample.matched_gt for sample in samples], labels, matched_boxes
 
     def _losses(

@@ -15,14 +15,7 @@ from group_sampling.engines.build import AnchorLayout
 from group_sampling.engines.tv.rpn import GroupedAnchorGenerator, GroupSamplingRPN
 from group_sampling.engines.tv.sampling import SamplingModule
 from group_sampling.head import SoftmaxRPNHead
-
-try:
-    from group_sampling.samplers import GroupSampler
-except ImportError:
-    from group_sampling.criterion import AnchorSampler
-
-    def GroupSampler(**options):
-        return AnchorSampler("group", **options)
+from group_sampling.samplers import GroupSampler
 
 
 def make_rpn():

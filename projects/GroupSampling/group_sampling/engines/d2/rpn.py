@@ -38,7 +38,7 @@ def log_counts(storage: EventStorage, stage: str, scales: Sequence[float], num_p
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class GroupedAnchorGenerator(DefaultAnchorGenerator):
-    """``DefaultAnchorGenerator`` that also knows which anchors are of one scale (Sec. 4.2).
+    """``DefaultAnchorGenerator`` of the layout that a config describes (Sec. 4.2, Table 1).
 
     With ``MODEL.GROUP_SAMPLING.ANCHOR_STRIDES`` the anchors of every size sit on their own sub-sampling of one feature.
     """

@@ -228,7 +228,7 @@ def build_grouped_roi_heads(cfg: CfgNode, in_channels: int, stride: int) -> Grou
         append_gt=heads.PROPOSAL_APPEND_GT,
         first_label=0,
     )
-    # Detectron2's initialisation, which differs from torchvision's.
+    # Detectron2's initialization, which differs from torchvision's.
     for layer in (result.box_head.fc6, result.box_head.fc7):
         nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.zeros_(layer.bias)

@@ -17,7 +17,7 @@ from .sampling import SamplingModule
 
 
 class GroupedAnchorGenerator(AnchorGenerator):
-    """``AnchorGenerator`` with Detectron2's base boxes and known strides, that knows which anchors have one scale."""
+    """``AnchorGenerator`` with Detectron2's base boxes and the strides of a config, whose anchors are a grid."""
 
     def __init__(self, layout: AnchorLayout):
         super().__init__(layout.sizes, layout.aspect_ratios)

@@ -161,7 +161,7 @@ def test_seed_decides():
 
 def test_ohem_is_refused():
     cfg = config("fpn_finest.yaml", "MODEL.GROUP_SAMPLING.SAMPLER", "ohem")
-    with pytest.raises(ConfigError, match="losses of a network"):
+    with pytest.raises(ConfigError, match="GROUP_SAMPLING.SAMPLER: .* got 'ohem', which needs the network"):
         sample_balance(cfg, RECORDS)
 
 

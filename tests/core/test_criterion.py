@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
-from group_sampling.criterion import AnchorCriterion, AnchorSampler, predict_from
+from group_sampling.criterion import AnchorCriterion
+from group_sampling.head import predict_from
 from group_sampling.ops import match_anchors
+from group_sampling.samplers import SAMPLERS, FocalSampler, GroupSampler, OHEMSampler
 
 
 def make_grid(height=16, width=16, sizes=(16, 32)):
@@ -15,7 +17,8 @@ def make_grid(height=16, width=16, sizes=(16, 32)):
 
 
 def make_criterion(kind="group", num_samples=8, **options):
-    return AnchorCriterion(AnchorSampler(kind, num_samples=num_samples, seed=3), **options)
+    count = {} if SAMPLERS[kind].count_key is None else {"num_samples": num_samples}
+    return AnchorCriterion(SAMPLERS[kind](**count, seed=3), **options)
 
 
 def faces(*boxes):
@@ -113,19 +116,15 @@ def test_ignore_regions_are_no_negatives():
 
 def test_draws_differ_between_iterations_and_repeat_with_the_seed():
     grid, gt = make_grid(), [faces((8, 8, 24, 24))]
-    draws = [
-        AnchorSampler("group", num_samples=8, seed=s)(grid, gt, iteration=i).indices
-        for s, i in ((0, 0), (0, 1), (1, 0), (0, 0))
-    ]
+    draws = [GroupSampler(8, seed=s)(grid, gt, iteration=i).indices for s, i in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert torch.equal(draws[0], draws[3])
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="group.*got 'random'"):
-        AnchorSampler("random", num_samples=8)
-    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
-        AnchorSampler("group", num_samples=0)
+    for sampler, found in ((GroupSampler, 0), (OHEMSampler, -1), (OHEMSampler, None)):
+        with pytest.raises(ValueError, match=f"{sampler.__name__}: expected num_samples of at least 1, got {found}"):
+            sampler(found)
     with pytest.raises(ValueError, match="box_loss_type.*got 'giou'"):
         make_criterion(box_loss_type="giou")
 
@@ -173,13 +172,13 @@ def test_ohem_takes_the_highest_losses(num_samples):
 def test_focal_loss_over_all_anchors(ignore):
     grid, gt, logits, deltas = random_scene()
     ignore = [faces((30, 30, 60, 60)), faces()] if ignore else None
-    criterion = make_criterion("focal", focal_alpha=0.25, focal_gamma=2.0)
+    criterion = AnchorCriterion(FocalSampler(alpha=0.2, gamma=1.5))
     result = criterion(grid, predict_from(logits, deltas), gt, ignore, iteration=0)
     total, positives, negatives = 0.0, 0, 0
     for losses in anchor_losses(grid, gt, logits, ignore):
         for loss, label in losses:
             if label >= 0:
-                total += (0.25 if label == 1 else 0.75) * (1 - math.exp(-loss)) ** 2 * loss
+                total += (0.2 if label == 1 else 0.8) * (1 - math.exp(-loss)) ** 1.5 * loss
                 positives, negatives = positives + (label == 1), negatives + (label == 0)
     assert positives > 0
     assert result.classification.item() == pytest.approx(total / positives, rel=1e-5)
@@ -193,7 +192,7 @@ def test_all_samplers_regress_the_same_positives():
     grid, gt, logits, deltas = random_scene()
     found = {
         kind: make_criterion(kind, 2048)(grid, predict_from(logits, deltas), gt, iteration=0).localization.item()
-        for kind in ("group", "uniform", "ohem", "focal")
+        for kind in SAMPLERS
     }
     assert all(value == pytest.approx(found["group"], rel=1e-5) for value in found.values()), found
 
@@ -212,5 +211,5 @@ def test_samplers_of_all_anchors_without_faces_and_with_bad_ones(kind):
 
 
 def test_ohem_needs_logits():
-    with pytest.raises(ValueError, match="ohem needs the logits"):
-        AnchorSampler("ohem", num_samples=8)(make_grid(), [faces()], iteration=0)
+    with pytest.raises(ValueError, match="OHEMSampler: expected the logits of all anchors, got None"):
+        OHEMSampler(8)(make_grid(), [faces()], iteration=0)

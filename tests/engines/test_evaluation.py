@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from torch import nn
 from tv_cases import write_tiny_config
 
 import group_sampling.engines.tv.train as tv_train
-from group_sampling.data.catalog import Catalog
+import group_sampling.evaluation.run as evaluation_run
+from group_sampling.data.catalog import Catalog, Source
 from group_sampling.detections import Detections
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
@@ -51,28 +53,59 @@ def outputs(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+class Process:
+    """What ``group_sampling.distributed`` is in one of several processes that run one after the other.
+
+    The main process is the first to begin, so it broadcasts, and the last to finish, so it gathers.
+    """
+
+    def __init__(self, rank, world_size, shared):
+        self.rank, self.world_size, self.shared = lambda: rank, lambda: world_size, shared
+
+    def broadcast(self, value):
+        return self.shared.setdefault("broadcast", value)
+
+    def gather(self, value):
+        gathered = self.shared.setdefault("gathered", {})
+        gathered[self.rank()] = value
+        return [gathered[rank] for rank in range(self.world_size())] if self.rank() == 0 else []
+
+
 class Simulated:
     """The processes of an evaluation, one after the other; stops each after ``limit`` images."""
 
     def __init__(self, cfg, records, model, world_size, *, resume, limit=None):
-        self.seen, self.ranks, main = [], [], []
+        self.seen, self.ranks = [], []
+        source = Given(records)
+        shared = {}
         for rank in range(world_size):
-            gather = {
-                "all_gather": lambda value: main.append(value) or [main[0]],
-                "gather": lambda value: [other._detections for other in self.ranks],
-            }
-            ours = Evaluation(cfg, NAME, records, model, resume=resume, rank=rank, world_size=world_size, **gather)
-            self.ranks.append(ours)
-        for ours in self.ranks:
+            process = Process(rank, world_size, shared)
+            with mock.patch.object(evaluation_run, "distributed", process):
+                self.ranks.append((process, Evaluation(cfg, source, model, resume=resume)))
+        for _, ours in self.ranks:
             ours._partial._max_images = 1
             for record in ours.share[:limit]:
                 self.seen.append(record.image_id)
                 ours.add(record.image_id, found_in(record))
 
     def finish(self):
-        results = [ours.finish() for ours in reversed(self.ranks)]  # the main process last
+        results = []
+        for process, ours in reversed(self.ranks):  # the main process last
+            with mock.patch.object(evaluation_run, "distributed", process):
+                results.append(ours.finish())
         assert all(result is None for result in results[:-1])
         return results[-1]
+
+
+class Given(Source):
+    """A data set of these records, by the name of a built-in one."""
+
+    def __init__(self, records):
+        super().__init__(NAME)
+        self._records = records
+
+    def _read(self, report):
+        return self._records, {1: "face"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -144,9 +177,9 @@ def test_what_is_not_taken_up(tmp_path, caplog, change):
     with caplog.at_level("INFO"):
         run = Simulated(cfg, records, model, 1, resume=change != "no --resume")
     assert len(run.seen) == len(records)
-    notice = {"no --resume": "--resume would go on", "damage": "is damaged and left out"}
+    notice = {"no --resume": "--resume would continue", "damage": "is damaged and left out"}
     assert notice.get(change, "are of other weights, another configuration or another data set") in caplog.text
-    assert "going on" not in caplog.text
+    assert "continuing" not in caplog.text
     run.finish()
     assert not partial.exists()
 
@@ -187,7 +220,7 @@ def test_killed_and_resumed(tmp_path, engine):
         **evaluation_command(engine, broken, tmp_path / "model.pth", resume=True), capture_output=True
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on with an interrupted evaluation, which has finished" in resumed.stdout
+    assert "continuing an interrupted evaluation, which has finished" in resumed.stdout
     assert not parts.exists()
     subprocess.run(**evaluation_command(engine, whole, tmp_path / "model.pth"), check=True, capture_output=True)
     found, expected = outputs(broken / "inference"), outputs(whole / "inference")
@@ -280,7 +313,7 @@ def test_coco_format_on_both_engines(tmp_path):
     assert {f"coco/{name}": value for name, value in ours["coco"].items()} == pytest.approx(expected, nan_ok=True)
     assert ours["wider_face"]["AP_all"] == pytest.approx(metrics["wider_face/AP_all"])
 
-    # Detectron2's own evaluator, alone and beside ours, in the same hook.
+    # Detectron2's own evaluator, alone and together with ours, in the same hook.
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     theirs = COCOEvaluator("mine", output_dir=str(tmp_path / "theirs"), max_dets_per_image=limit)
     both = DatasetEvaluators([GroupSamplingEvaluator(d2_cfg, "mine"), theirs])
@@ -314,8 +347,7 @@ def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
     (tmp_path / "fddb/FDDB-folds").symlink_to(shared_data / "fddb/annotations")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = make_cfg(tmp_path, "DATASETS.TEST", "('fddb',)")
-    records = Catalog(cfg.DATASETS)["fddb"].records
-    evaluation = Evaluation(cfg, "fddb", records, nn.Linear(1, 1), resume=False)
+    evaluation = Evaluation(cfg, Catalog(cfg.DATASETS)["fddb"], nn.Linear(1, 1), resume=False)
     published = dict(read_fddb_predictions(shared_data / MTCNN))
     for record in evaluation.share:
         boxes, scores = (np.float32(values) for values in published[record.image_id][:2])
@@ -348,8 +380,9 @@ def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
         cfg = tv_cases.d2_setup(args)
     model = build(cfg)
     checkpointer(model).load(str(tmp_path / "model_final.pth"))
-    first, *others = records = Catalog(cfg.DATASETS)[NAME].records
-    interrupted = Evaluation(cfg, NAME, records, model, resume=False)
+    source = Catalog(cfg.DATASETS)[NAME]
+    first, *others = source.records
+    interrupted = Evaluation(cfg, source, model, resume=False)
     mark = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
     interrupted.add(first.image_id, mark)
     interrupted._partial.write()

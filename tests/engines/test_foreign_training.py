@@ -15,14 +15,7 @@ from group_sampling.engines.build import AnchorLayout
 from group_sampling.engines.tv.rpn import GroupedAnchorGenerator, GroupSamplingRPN
 from group_sampling.engines.tv.sampling import SamplingModule
 from group_sampling.head import SoftmaxRPNHead
-
-try:
-    from group_sampling.samplers import GroupSampler
-except ImportError:
-    from group_sampling.criterion import AnchorSampler
-
-    def GroupSampler(**options):
-        return AnchorSampler("group", **options)
+from group_sampling.samplers import GroupSampler
 
 
 def make_rpn():
@@ -61,7 +54,7 @@ def make_faster_rcnn():
 
 
 class Loop:
-    """Somebody's training loop; knows nothing of iterations. Notes what the samplers draw in every forward pass."""
+    """A training loop of other code, without an iteration count. Notes what the samplers draw in every forward pass."""
 
     def __init__(self, model):
         self.model = model.train()
@@ -135,7 +128,7 @@ def test_resumed_from_the_state_dict_bit_for_bit():
 
 
 def test_state_dict_without_counts_loads_strictly():
-    """A checkpoint of version 0.1, or of torchvision's own modules: counting goes on from where the module is."""
+    """A checkpoint of version 0.1, or of torchvision's own modules: the count stays as it is."""
     model = make_faster_rcnn()
     state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
     model.rpn.iteration = 4

@@ -22,7 +22,7 @@ from group_sampling.engines.tv.model import build_model
 from group_sampling.engines.tv.roi_heads import GroupedRoIHeads, SingleLevelRoIAlign
 from group_sampling.engines.tv.train import GroupSamplingCheckpointer, main, to_example
 from group_sampling.inference import Proposals
-from group_sampling.roi_sampling import ProposalSampler
+from group_sampling.roi_sampling import GroupProposalSampler
 
 SECOND_STAGE = [
     *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.RPN.PRE_NMS_TOPK_TRAIN", "200", "MODEL.RPN.PRE_NMS_TOPK_TEST", "200"),
@@ -64,7 +64,7 @@ def make_heads(num_classes=3, **options):
         "detections_per_img": 20,
     }
     parts = SingleLevelRoIAlign("0", 4, 3), TwoMLPHead(8 * 9, 16), FastRCNNPredictor(16, num_classes + 1)
-    sampler = ProposalSampler("group", num_samples=16, scales=(16, 32, 64, 128))
+    sampler = GroupProposalSampler(16, scales=(16, 32, 64, 128))
     return GroupedRoIHeads(*parts, sampler=sampler, **{**arguments, **options})
 
 

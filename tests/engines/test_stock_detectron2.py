@@ -17,6 +17,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
@@ -185,15 +186,22 @@ def train(cfg):
     trainer = d2.Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
-    return json.loads((Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()[-1])
+    lines = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    return {name: value for line in lines for name, value in json.loads(line).items()}
 
 
 def test_coco_instances_train_and_evaluate(tmp_path, registered):
     write_coco_set(tmp_path)
     register_coco_instances("test_coco", {}, str(tmp_path / "annotations.json"), str(tmp_path))
-    metrics = train(trainer_cfg(tmp_path / "out", "test_coco", num_classes=3))
+    cfg = trainer_cfg(tmp_path / "out", "test_coco", num_classes=3)
+    metrics = train(cfg)
     assert {"coco/AP", "coco/AP-c90", "loss_cls"} <= metrics.keys()
     assert (tmp_path / "out/inference/test_coco/coco_results.json").exists()
+    # Detectron2's evaluator reads the file itself, and finds the images by their ids.
+    model = d2.Trainer.build_model(cfg)
+    d2.GroupSamplingCheckpointer(model).load(str(tmp_path / "out/model_final.pth"))
+    theirs = d2.Trainer.test(cfg, model, COCOEvaluator("test_coco", output_dir=str(tmp_path)))
+    assert theirs["bbox"]["AP50"] == pytest.approx(metrics["coco/AP50"], abs=1e-6)
 
 
 def as_dicts(folder, num_classes):

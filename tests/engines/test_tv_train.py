@@ -369,7 +369,7 @@ def test_two_processes(tmp_path, seed):
     assert "Training from iteration 4 to 8 on 2 x cpu" in run.stdout
     assert load(tmp_path / "model_final.pth")["iteration"] == 7
 
-    # The seed that was drawn for the first run goes on in the second, in both processes.
+    # The seed that was drawn for the first run is that of the second, in both processes.
     drawn = yaml.safe_load((tmp_path / "config.yaml").read_text())["SEED"]
     single = tmp_path / "single"
     single.mkdir()

@@ -1,4 +1,4 @@
-"""Weights of the other engine, or of another detector: converted or refused, whoever loads them."""
+"""Weights of the other engine are converted, those of another detector refused, also by Detectron2's loaders."""
 
 import importlib
 import importlib.util

@@ -83,7 +83,7 @@ def convert_names(state_dict: Mapping[str, Tensor], naming: str, *, has_fpn: boo
         has_fpn: Detectron2's names of a ResNet depend on it; None: if ``state_dict`` has parameters of an FPN.
     """
     if naming not in ("detectron2", "torchvision"):
-        raise ValueError(f'convert_names: naming must be "detectron2" or "torchvision", got {naming!r}')
+        raise ValueError(f'convert_names: naming: expected "detectron2" or "torchvision", got {naming!r}')
     if "conv1.weight" in state_dict and "layer1.0.conv1.weight" in state_dict:
         state_dict = {f"backbone.body.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
     if has_fpn is None:

@@ -20,7 +20,7 @@ def resolve_engine(name: str = "auto") -> str:
 
     Raises:
         ValueError: unknown name.
-        ModuleNotFoundError: ``detectron2`` was asked for and is not installed.
+        ModuleNotFoundError: ``detectron2`` is selected and not installed.
     """
     has_detectron2 = importlib.util.find_spec("detectron2") is not None
     if name == "auto":

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from .. import distributed
 from ..anchors import AnchorGrid
-from ..config import ConfigError, anchor_scales, check_common_values
-from ..criterion import SAMPLERS, AnchorCriterion, AnchorSampler
+from ..config import ConfigError, check_common_values, check_values
+from ..criterion import AnchorCriterion
 from ..data.catalog import Catalog, Source
 from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
 from ..losses import BOX_LOSSES
 from ..pyramid import ImagePyramid
-from ..roi_sampling import ROI_SAMPLERS, ProposalSampler
+from ..roi_sampling import build_proposal_sampler
+from ..samplers import build_anchor_sampler
 
 # Values of MODEL.ROI_HEADS.NAME: the heads that return the proposals of a single-stage detector as its detections, and
 # those of Grouped Fast R-CNN (Table 5).
@@ -176,65 +177,16 @@ def _per_level(values: Sequence[Sequence[float]], num_levels: int, key: str) -> 
     return tuple(tuple(level) for level in values) * (num_levels // len(values))
 
 
-def face_prior(cfg: CfgNode) -> float | None:
-    """What a fresh head predicts: focal loss needs the small probability of its paper, else 1/2 (None)."""
-    return cfg.MODEL.RETINANET.PRIOR_PROB if cfg.MODEL.GROUP_SAMPLING.SAMPLER == "focal" else None
-
-
 def build_criterion(cfg: CfgNode) -> AnchorCriterion:
     """Sampler and losses that ``MODEL.GROUP_SAMPLING`` and ``MODEL.RPN`` describe.
 
     Raises:
         ConfigError: naming the key.
     """
-    rpn, gs = cfg.MODEL.RPN, cfg.MODEL.GROUP_SAMPLING
-    if gs.SAMPLER not in SAMPLERS:
-        raise ConfigError(f"MODEL.GROUP_SAMPLING.SAMPLER: expected one of {SAMPLERS}, got {gs.SAMPLER!r}")
-    if rpn.BBOX_REG_LOSS_TYPE not in BOX_LOSSES:
-        raise ConfigError(f"MODEL.RPN.BBOX_REG_LOSS_TYPE: expected one of {BOX_LOSSES}, got {rpn.BBOX_REG_LOSS_TYPE!r}")
-    neg_iou, pos_iou = rpn.IOU_THRESHOLDS
-    sampler = AnchorSampler(
-        gs.SAMPLER,
-        num_samples=gs.SAMPLES_PER_GROUP if gs.SAMPLER == "group" else rpn.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=rpn.POSITIVE_FRACTION,
-        pos_iou=pos_iou,
-        neg_iou=neg_iou,
-        second_pass=gs.SECOND_PASS,
-        ignore_ioa=gs.IGNORE_IOA,
-        seed=cfg.SEED,
-    )
+    rpn = cfg.MODEL.RPN
+    check_values(cfg, {"MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES}, "these are the losses of the paper")
     return AnchorCriterion(
-        sampler,
-        box_loss_type=rpn.BBOX_REG_LOSS_TYPE,
-        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
-        focal_alpha=cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
-        focal_gamma=cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
-    )
-
-
-def build_proposal_sampler(cfg: CfgNode) -> ProposalSampler:
-    """The sampler that ``MODEL.GROUP_SAMPLING.ROI_*`` and ``MODEL.ROI_HEADS`` describe.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    heads, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.GROUP_SAMPLING
-    if gs.ROI_SAMPLER not in ROI_SAMPLERS:
-        raise ConfigError(f"MODEL.GROUP_SAMPLING.ROI_SAMPLER: expected one of {ROI_SAMPLERS}, got {gs.ROI_SAMPLER!r}")
-    if list(heads.IOU_LABELS) != {1: [0, 1], 2: [0, -1, 1]}.get(len(heads.IOU_THRESHOLDS)):
-        raise ConfigError(
-            "MODEL.ROI_HEADS.IOU_THRESHOLDS and IOU_LABELS: expected [t] and [0, 1], or [negative below, positive "
-            f"from] and [0, -1, 1], got {heads.IOU_THRESHOLDS} and {heads.IOU_LABELS}"
-        )
-    return ProposalSampler(
-        gs.ROI_SAMPLER,
-        num_samples=gs.ROI_SAMPLES_PER_GROUP if gs.ROI_SAMPLER == "group" else heads.BATCH_SIZE_PER_IMAGE,
-        scales=anchor_scales(cfg),
-        positive_fraction=heads.POSITIVE_FRACTION,
-        pos_iou=heads.IOU_THRESHOLDS[-1],
-        neg_iou=heads.IOU_THRESHOLDS[0],
-        ignore_ioa=gs.IGNORE_IOA,
-        seed=cfg.SEED,
+        build_anchor_sampler(cfg), box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA
     )
 
 
@@ -321,21 +273,6 @@ def build_training_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
     )
-
-
-def named_counts(stage: str, scales: Sequence[float], num_pos: Tensor, num_neg: Tensor) -> dict[str, Tensor]:
-    """The sample counts of a training step as they are logged: "rpn/num_pos@16", ..., each a 0-dimensional tensor.
-
-    Args:
-        stage: "rpn" or "roi".
-        scales: G anchor scales in pixels.
-        num_pos, num_neg: (G,) positives and negatives drawn of every scale.
-    """
-    return {
-        f"{stage}/{name}@{scale:g}": count
-        for name, counts in (("num_pos", num_pos), ("num_neg", num_neg))
-        for scale, count in zip(scales, counts)
-    }
 
 
 def non_finite_loss(iteration: int, losses: Mapping[str, Tensor], files: Sequence[str | None]) -> FloatingPointError:

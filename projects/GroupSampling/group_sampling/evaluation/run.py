@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from .. import distributed
+from ..config import anchor_scales
 from ..data.catalog import Source
 from ..data.fddb import read_annotations
 from ..data.records import ImageRecord
@@ -139,7 +140,7 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
 
 def _evaluate_wider_face(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, float]:
     dataset_name, records = source.name, source.records
-    scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
+    scales = anchor_scales(cfg)
     ground_truth = _official_ground_truth(cfg, source)
     if ground_truth:
         metric = WiderFaceAP.from_official(ground_truth, scales=scales)

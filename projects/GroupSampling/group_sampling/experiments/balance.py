@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 
 from ..anchors import AnchorGrid, cell_anchors
 from ..config import ConfigError
-from ..criterion import count_anchors
 from ..data.records import ImageRecord, UnreadableImageError
-from ..engines.build import AnchorLayout, build_criterion, build_train_transform
+from ..engines.build import AnchorLayout, build_train_transform
+from ..samplers import build_anchor_sampler, count_anchors
 
 _BATCH = 64  # images per call of the operator
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
@@ -62,17 +62,18 @@ def sample_balance(
         on_progress: called with the number of images done since the last call.
 
     Raises:
-        ConfigError: the sampler needs the network's losses (``ohem``).
+        ConfigError: the sampler needs the network's logits.
         UnreadableImageError: the size of an image has to be read and cannot be.
         ValueError: no records.
     """
     if not records:
         raise ValueError("sample_balance: expected at least one image, got none")
-    sampler = build_criterion(cfg).sampler
-    if sampler.kind == "ohem":
+    sampler = build_anchor_sampler(cfg)
+    if sampler.needs_logits:
         raise ConfigError(
-            'MODEL.GROUP_SAMPLING.SAMPLER is "ohem", which chooses anchors by the losses of a network: their balance '
-            "is not known before training; metrics.json of a training run has it (rpn/num_pos@..., rpn/num_neg@...)"
+            "MODEL.GROUP_SAMPLING.SAMPLER: expected a sampler that chooses anchors without a network, got "
+            f"{cfg.MODEL.GROUP_SAMPLING.SAMPLER!r}, which needs the network's logits: its balance is not known before "
+            "training; metrics.json of a training run has it (rpn/num_pos@..., rpn/num_neg@...)"
         )
     transform = build_train_transform(cfg)
     grid_of = functools.lru_cache(maxsize=None)(functools.partial(anchor_grid, cfg))
@@ -84,10 +85,7 @@ def sample_balance(
     def draw(grid: AnchorGrid) -> None:
         nonlocal num_batches, totals
         faces, ignored = zip(*waiting.pop(grid))
-        # The focal sampler takes all anchors whatever their logits; it only asks that there are some.
-        logits = torch.empty(0) if sampler.needs_logits else None
-        drawn = sampler(grid, faces, ignored, iteration=num_batches, logits=logits)
-        totals += count_anchors(grid, drawn).numpy()
+        totals += count_anchors(grid, sampler(grid, faces, ignored, iteration=num_batches)).numpy()
         num_batches += 1
         on_progress(len(faces))
 

@@ -82,7 +82,7 @@ def to_record(dataset_dict: dict) -> ImageRecord:
 
 
 class RegisteredSource(Source):
-    """A data set that somebody else has registered in Detectron2's catalog.
+    """A data set that other code has registered in Detectron2's catalog.
 
     Its protocol is "wider_face" if it has a single class, else "detectron2": the one of ``COCOEvaluator``.
     """
@@ -106,7 +106,7 @@ def find_source(cfg: CfgNode, name: str) -> Source:
     """A data set of the config or, with its images and annotations, of Detectron2's catalog.
 
     Raises:
-        ValueError: neither knows the name.
+        ValueError: neither has this name.
     """
     catalog = Catalog(cfg.DATASETS)
     if name in catalog.names or name not in DatasetCatalog.list():
@@ -184,11 +184,13 @@ class GroupSamplingMapper:
         """The random draw comes from numpy's global generator, which Detectron2 seeds in every worker."""
         record = to_record(dataset_dict)
         image = read_image(record)
-        if not self.is_train:
-            return self.to_test_example(self.transform.apply_image(image), image.shape[:2], record)
-        rng = np.random.default_rng(np.random.randint(2**31))
-        out = self.transform(image, record.boxes, record.ignore, record.classes, rng)
-        return self.to_example(out.image, out.boxes, out.classes, out.ignore_boxes, record)
+        if self.is_train:
+            rng = np.random.default_rng(np.random.randint(2**31))
+            out = self.transform(image, record.boxes, record.ignore, record.classes, rng)
+            example = self.to_example(out.image, out.boxes, out.classes, out.ignore_boxes, record)
+        else:
+            example = self.to_test_example(self.transform.apply_image(image), image.shape[:2], record)
+        return {**example, "image_id": dataset_dict["image_id"]}  # of the type that Detectron2's evaluators expect
 
     @staticmethod
     def to_example(image, boxes, classes, ignore_boxes, record: ImageRecord, draw: int | None = None) -> dict:

@@ -16,8 +16,8 @@ from ...inference import Proposals, proposals_to_detections
 class GroupSamplingRCNN(GeneralizedRCNN):
     """``GeneralizedRCNN`` that loads the weights of either engine.
 
-    Weights of the torchvision engine are converted whoever loads them, ``DefaultPredictor`` for example. In eval mode
-    the model refuses weights that do not fit it entirely, since it would detect with random ones.
+    It converts weights of the torchvision engine itself, so that ``DefaultPredictor`` and other tools can load them. In
+    eval mode it refuses weights that do not fit it entirely, since it would detect with random ones.
     """
 
     def __init__(self, *args, **kwargs):

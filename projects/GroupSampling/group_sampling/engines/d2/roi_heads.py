@@ -12,8 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ...losses import box_loss
-from ...roi_sampling import ProposalSample, ProposalSampler
-from ..build import build_proposal_sampler
+from ...roi_sampling import ProposalSample, ProposalSampler, build_proposal_sampler
 from .data import ignore_boxes_of
 from .rpn import log_counts
 

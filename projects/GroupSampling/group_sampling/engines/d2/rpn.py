@@ -15,30 +15,30 @@ from ... import head
 from ...anchors import AnchorGrid
 from ...checkpoint import refuse_partial_weights
 from ...config import ConfigError, check_values
-from ...criterion import AnchorCriterion, Predict, predict_from
-from ...inference import flatten_predictions, select_proposals
+from ...criterion import AnchorCriterion
+from ...head import Predict, flatten_predictions, predict_from
+from ...inference import select_proposals
+from ...samplers import build_anchor_sampler, name_counts
 from ..build import (
     LOG_PERIOD,
     SINGLE_STAGE_HEADS,
     AnchorLayout,
     build_criterion,
     common_channels,
-    face_prior,
-    named_counts,
 )
 from .data import ignore_boxes_of
 
 
 def log_counts(storage: EventStorage, stage: str, scales: Sequence[float], num_pos: Tensor, num_neg: Tensor) -> None:
-    """Log :func:`~group_sampling.engines.build.named_counts` where the writers read them: each read-back is a wait."""
+    """Log :func:`~group_sampling.samplers.name_counts` in iterations that are written: to read them back is a wait."""
     if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
-        for name, count in named_counts(stage, scales, num_pos.cpu(), num_neg.cpu()).items():
-            storage.put_scalar(name, count.item())
+        for name, count in name_counts(stage, scales, num_pos.tolist(), num_neg.tolist()).items():
+            storage.put_scalar(name, count)
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class GroupedAnchorGenerator(DefaultAnchorGenerator):
-    """``DefaultAnchorGenerator`` that also knows which anchors are of one scale (Sec. 4.2).
+    """``DefaultAnchorGenerator`` of the layout that a config describes (Sec. 4.2, Table 1).
 
     With ``MODEL.GROUP_SAMPLING.ANCHOR_STRIDES`` the anchors of every size sit on their own sub-sampling of one feature.
     """
@@ -76,7 +76,7 @@ class SoftmaxRPNHead(head.SoftmaxRPNHead):
             "in_channels": common_channels(shape.channels for shape in input_shape),
             "num_anchors": layout.anchors_per_cell,
             "steps": layout.steps,
-            "face_prior": face_prior(cfg),
+            "face_prior": build_anchor_sampler(cfg).face_prior,
         }
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -35,7 +35,6 @@ from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
-from ...data.records import ImageRecord
 from ..build import build_training_loader, check_config, check_datasets, non_finite_loss, resolve_seed
 from ..launch import launch
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
@@ -114,15 +113,19 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return cls._build_loader(cfg, find_source(cfg, dataset_name).records[comm.get_rank() :: comm.get_world_size()])
+        if dataset_name in DatasetCatalog.list():
+            images = DatasetCatalog.get(dataset_name)
+        else:
+            images = list(map(to_dataset_dict, find_source(cfg, dataset_name).records))
+        return cls._build_loader(cfg, images[comm.get_rank() :: comm.get_world_size()])
 
     @staticmethod
-    def _build_loader(cfg: CfgNode, records: list[ImageRecord]):
+    def _build_loader(cfg: CfgNode, images: list[dict]):
         """Loader of this process's images. There may be none, which Detectron2's sampler and serialization refuse."""
         return build_detection_test_loader(
-            DatasetFromList([to_dataset_dict(record) for record in records], copy=False, serialize=False),
+            DatasetFromList(images, copy=False, serialize=False),
             mapper=GroupSamplingMapper(cfg, is_train=False),
-            sampler=SequentialSampler(records),
+            sampler=SequentialSampler(images),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 
@@ -148,7 +151,8 @@ class Trainer(DefaultTrainer):
         for name in cfg.DATASETS.TEST:
             evaluator = cls.build_evaluator(cfg, name)
             if isinstance(evaluator, GroupSamplingEvaluator):
-                loader = cls._build_loader(cfg, evaluator.start(model, resume=resume))
+                share = evaluator.start(model, resume=resume)
+                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)))
             else:
                 loader = cls.build_test_loader(cfg, name)
             results[name] = inference_on_dataset(detector, loader, evaluator)
@@ -219,7 +223,7 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict 
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    """Run what ``train_net.py`` was asked for; see :func:`~group_sampling.engines.launch.launch` for ``args``.
+    """Train or evaluate as ``train_net.py`` does; see :func:`~group_sampling.engines.launch.launch` for ``args``.
 
     Raises:
         ConfigError: the config or the number of processes is not usable here.

@@ -102,7 +102,7 @@ _ALLOWED_HEADS = {
 
 
 def get_cfg() -> CfgNode:
-    """Detectron2's defaults of the keys that this engine knows, and the keys of this project."""
+    """Detectron2's defaults of the keys that this engine has, and the keys of this project."""
     cfg = CfgNode.load_cfg(_DEFAULTS)
     _parse_tuples(cfg)
     add_group_sampling_config(cfg)

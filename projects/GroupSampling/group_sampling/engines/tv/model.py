@@ -13,7 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ...head import SoftmaxRPNHead
 from ...inference import Proposals, proposals_to_detections
-from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels, face_prior
+from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .backbone import build_backbone, stage_of
 from .config import FPN_BACKBONE
 from .roi_heads import build_grouped_roi_heads
@@ -96,11 +96,14 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
     else:
         roi_heads = build_grouped_roi_heads(cfg, in_channels, stride=2 ** stage_of(heads.IN_FEATURES[0]))
     bg_iou_thresh, fg_iou_thresh = rpn.IOU_THRESHOLDS
+    criterion = build_criterion(cfg)
     return GroupSamplingRCNN(
         backbone=build_backbone(cfg),
         rpn=GroupSamplingRPN(
             GroupedAnchorGenerator(layout),
-            SoftmaxRPNHead(in_channels, layout.anchors_per_cell, steps=layout.steps, face_prior=face_prior(cfg)),
+            SoftmaxRPNHead(
+                in_channels, layout.anchors_per_cell, steps=layout.steps, face_prior=criterion.sampler.face_prior
+            ),
             fg_iou_thresh=fg_iou_thresh,
             bg_iou_thresh=bg_iou_thresh,
             batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
@@ -108,7 +111,7 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
             pre_nms_top_n={"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST},
             post_nms_top_n={"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST},
             nms_thresh=rpn.NMS_THRESH,
-            criterion=build_criterion(cfg),
+            criterion=criterion,
             loss_weights={
                 "loss_rpn_cls": rpn.LOSS_WEIGHT,
                 "loss_rpn_loc": rpn.LOSS_WEIGHT * rpn.BBOX_REG_LOSS_WEIGHT,

@@ -12,8 +12,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
-from ...roi_sampling import ProposalSampler
-from ..build import build_proposal_sampler, named_counts
+from ...roi_sampling import ProposalSampler, build_proposal_sampler
+from ...samplers import name_counts
 from .sampling import SamplingModule
 
 
@@ -144,7 +144,7 @@ class GroupedRoIHeads(SamplingModule, RoIHeads):
             [target.get("ignore_boxes", gt[:0]) for target, gt in zip(targets, gt_boxes)],
             iteration=self._next_iteration(),
         )
-        self.sample_counts = named_counts("roi", self.sampler.scales, *self.sampler.count_by_scale(samples))
+        self.sample_counts = name_counts("roi", self.sampler.scales, *self.sampler.count_by_scale(samples))
         boxes = [image[sample.indices] for image, sample in zip(proposals, samples)]
         labels = [
             sample.classes(target["labels"] + 1 - self.first_label, background=0)
@@ -228,7 +228,7 @@ def build_grouped_roi_heads(cfg: CfgNode, in_channels: int, stride: int) -> Grou
         append_gt=heads.PROPOSAL_APPEND_GT,
         first_label=0,
     )
-    # Detectron2's initialisation, which differs from torchvision's.
+    # Detectron2's initialization, which differs from torchvision's.
     for layer in (result.box_head.fc6, result.box_head.fc7):
         nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.zeros_(layer.bias)

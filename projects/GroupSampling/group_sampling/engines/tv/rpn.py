@@ -8,14 +8,16 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from ...anchors import AnchorGrid, cell_anchors
-from ...criterion import AnchorCriterion, Predict, predict_from
-from ...inference import Proposals, flatten_predictions, select_proposals
-from ..build import AnchorLayout, named_counts
+from ...criterion import AnchorCriterion
+from ...head import Predict, flatten_predictions, predict_from
+from ...inference import Proposals, select_proposals
+from ...samplers import name_counts
+from ..build import AnchorLayout
 from .sampling import SamplingModule
 
 
 class GroupedAnchorGenerator(AnchorGenerator):
-    """``AnchorGenerator`` with Detectron2's base boxes and known strides, that knows which anchors have one scale."""
+    """``AnchorGenerator`` with Detectron2's base boxes and the strides of a config, whose anchors are a grid."""
 
     def __init__(self, layout: AnchorLayout):
         super().__init__(layout.sizes, layout.aspect_ratios)
@@ -92,6 +94,6 @@ class GroupSamplingRPN(SamplingModule, RegionProposalNetwork):
         gt_boxes = [target["boxes"] for target in targets]
         ignore_boxes = [target.get("ignore_boxes", boxes.new_zeros((0, 4))) for target, boxes in zip(targets, gt_boxes)]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes, iteration=self._next_iteration())
-        self.sample_counts = named_counts("rpn", grid.scales, result.num_pos, result.num_neg)
+        self.sample_counts = name_counts("rpn", grid.scales, result.num_pos, result.num_neg)
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}

@@ -52,7 +52,7 @@ _PROGRESS_SECONDS = 5.0  # between two lines of an evaluation's progress
 
 
 class GroupSamplingCheckpointer(CheckpointMixin, Checkpointer):
-    """fvcore's checkpointer: atomic, code-free, and reads the Detectron2 engine's files as well."""
+    """fvcore's checkpointer: atomic, runs no code from files, and reads the Detectron2 engine's files as well."""
 
     naming = "torchvision"
 
@@ -264,7 +264,7 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    """Run what ``train_net.py`` was asked for.
+    """Train or evaluate as ``train_net.py`` does.
 
     Args:
         args: with the attributes of Detectron2's ``default_argument_parser``; see

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from group_sampling.config import ConfigError
-from group_sampling.engines.build import get_value
+from group_sampling.config import ConfigError, get_value
 from group_sampling.engines.tv.config import load_config
 from group_sampling.experiments import jobs
 

@@ -20,11 +20,11 @@ from torch import nn
 from tv_cases import write_tiny_config
 
 import group_sampling.engines.tv.train as tv_train
-from group_sampling.data.catalog import load_dataset
+from group_sampling.data.catalog import Catalog
+from group_sampling.detections import Detections
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.evaluation import CocoAP, WiderFaceAP, read_predictions
-from group_sampling.evaluation.resume import ImageDetections
 from group_sampling.evaluation.run import Evaluation
 
 NAME = "synthetic_faces_val"
@@ -43,7 +43,7 @@ def found_in(record):
     boxes = (record.boxes + rng.uniform(0, 3, record.boxes.shape).cumsum(axis=1)).astype(np.float32)
     scales = rng.choice([16, 32, 64, 128], len(boxes)).astype(np.float32)
     classes = np.zeros(len(boxes), dtype=np.int64)
-    return ImageDetections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
+    return Detections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
 
 
 def outputs(folder):
@@ -79,7 +79,7 @@ class Simulated:
 def test_shares_are_merged_without_duplicates(tmp_path, count):
     """The files left do not depend on the number of processes, whatever divides."""
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", max(count, 1))
-    records = load_dataset(NAME, cfg.DATASETS)[:count]
+    records = Catalog(cfg.DATASETS)[NAME].records[:count]
     model, expected = nn.Linear(1, 1), None
     for world_size in (1, 2, 3):
         run = Simulated(cfg, records, model, world_size, resume=False)
@@ -95,7 +95,7 @@ def test_shares_are_merged_without_duplicates(tmp_path, count):
 @pytest.mark.parametrize("first, second", [(1, 1), (3, 1), (1, 2), (2, 3)])
 def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 9)
-    records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
+    records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
     expected = Simulated(cfg, records, model, 1, resume=False).finish()
     files = outputs(Path(cfg.OUTPUT_DIR))
 
@@ -108,7 +108,7 @@ def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
 
 def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
     cfg = make_cfg(tmp_path)
-    records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
+    records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
     monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Simulated(cfg, records, model, 1, resume=False).finish()
@@ -125,7 +125,7 @@ def test_what_is_not_taken_up(tmp_path, caplog, change):
     (tmp_path / "gt.txt").write_text("\n".join(lines))
     sets = ["DATASETS.WIDER_FORMAT", f"(('{NAME}2', '{tmp_path}/gt.txt', '{tmp_path}/images'),)"]
     cfg, model = make_cfg(tmp_path, *sets), nn.Linear(1, 1)
-    records = load_dataset(f"{NAME}2", cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)[f"{NAME}2"].records
     Simulated(cfg, records, model, 1, resume=False, limit=3)
     partial = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "partial"
     assert len(list(partial.iterdir())) == 3
@@ -248,7 +248,7 @@ def test_coco_format_on_both_engines(tmp_path):
     """COCO's and WIDER FACE's figures of the same detections, equal to those of the metrics called by hand."""
     opts = write_coco_set(tmp_path / "data")
     cfg = make_cfg(tmp_path, *opts, "INPUT.MIN_SIZE_TEST", 0)
-    records = load_dataset("mine", cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)["mine"].records
     model = Oracle(records)
     metrics = tv_train.evaluate(cfg, model, torch.device("cpu"))
 
@@ -272,11 +272,10 @@ def test_coco_format_on_both_engines(tmp_path):
     from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 
     from group_sampling.engines.d2 import GroupSamplingEvaluator, Trainer
-    from group_sampling.engines.d2.train import setup
 
     args = Namespace(config_file=str(tmp_path / "tiny.yaml"), resume=False, eval_only=True)
     args.opts = [*opts, "INPUT.MIN_SIZE_TEST", "0", "OUTPUT_DIR", str(tmp_path / "d2")]
-    d2_cfg = setup(args)
+    d2_cfg = tv_cases.d2_setup(args)
     ours = Trainer.test(d2_cfg, model)
     assert {f"coco/{name}": value for name, value in ours["coco"].items()} == pytest.approx(expected, nan_ok=True)
     assert ours["wider_face"]["AP_all"] == pytest.approx(metrics["wider_face/AP_all"])
@@ -293,7 +292,7 @@ def test_coco_format_on_both_engines(tmp_path):
 def test_predictions_are_a_submission(tmp_path):
     """What an evaluation leaves evaluates to the same AP from the folder, and packed as users hand it in."""
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 12)
-    records = load_dataset(NAME, cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)[NAME].records
     results = Simulated(cfg, records, nn.Linear(1, 1), 2, resume=False)
     ap = results.finish()["wider_face"]["AP_all"]
     folder = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "predictions"
@@ -302,7 +301,7 @@ def test_predictions_are_a_submission(tmp_path):
         packed.append(Path(shutil.make_archive(str(tmp_path / kind), kind, folder.parent, "predictions")))
     for path in packed:
         metric = WiderFaceAP.from_records(records)
-        for image_id, boxes, scores in read_predictions(path):
+        for image_id, (boxes, scores, *_) in read_predictions(path):
             metric.update(image_id, boxes, scores)
         assert 100 * metric.compute().ap["all"] == pytest.approx(ap, abs=1e-9), path
 
@@ -315,12 +314,12 @@ def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
     (tmp_path / "fddb/FDDB-folds").symlink_to(shared_data / "fddb/annotations")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = make_cfg(tmp_path, "DATASETS.TEST", "('fddb',)")
-    records = load_dataset("fddb", cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)["fddb"].records
     evaluation = Evaluation(cfg, "fddb", records, nn.Linear(1, 1), resume=False)
-    published = {image_id: found for image_id, *found in read_fddb_predictions(shared_data / MTCNN)}
+    published = dict(read_fddb_predictions(shared_data / MTCNN))
     for record in evaluation.share:
-        boxes, scores = (np.float32(values) for values in published[record.image_id])
-        evaluation.add(record.image_id, ImageDetections(boxes, scores, np.zeros(len(scores), np.int64), None))
+        boxes, scores = (np.float32(values) for values in published[record.image_id][:2])
+        evaluation.add(record.image_id, Detections(boxes, scores, np.zeros(len(scores), np.int64), None))
     rates = evaluation.finish()["fddb"]
     assert rates["discrete@500"] == pytest.approx(89.6345, abs=0.02)  # the curve ends at 249 false positives
     assert rates["continuous@500"] == pytest.approx(67.4485, abs=0.02)
@@ -342,21 +341,21 @@ def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
         cfg = load_config(args.config_file, args.opts)
     else:
         from group_sampling.engines.d2 import GroupSamplingCheckpointer, Trainer
-        from group_sampling.engines.d2.train import _work, setup
+        from group_sampling.engines.d2.train import main
 
-        run, build, checkpointer = _work, Trainer.build_model, GroupSamplingCheckpointer
+        run, build, checkpointer = main, Trainer.build_model, GroupSamplingCheckpointer
         run(args)
-        cfg = setup(args)
+        cfg = tv_cases.d2_setup(args)
     model = build(cfg)
     checkpointer(model).load(str(tmp_path / "model_final.pth"))
-    first, *others = records = load_dataset(NAME, cfg.DATASETS)
+    first, *others = records = Catalog(cfg.DATASETS)[NAME].records
     interrupted = Evaluation(cfg, NAME, records, model, resume=False)
-    mark = ImageDetections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
+    mark = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
     interrupted.add(first.image_id, mark)
     interrupted._partial.write()
 
     args.resume = True
     run(args)
-    found = {i: boxes for i, boxes, _ in read_predictions(tmp_path / "inference" / NAME / "predictions")}
+    found = {i: detections.boxes for i, detections in read_predictions(tmp_path / "inference" / NAME / "predictions")}
     assert found[first.image_id].tolist() == [[1, 2, 3, 4]]
     assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)

@@ -58,6 +58,13 @@ def run_configs() -> list[Path]:
     return [path for path in files if "_BASE_" in yaml.safe_load(path.read_text())]
 
 
+def d2_setup(args: Namespace):
+    """The frozen config of a run of the Detectron2 engine, with logging, seeds and data sets set up."""
+    from group_sampling.engines.d2.train import load_config, setup
+
+    return setup(load_config(args.config_file, args.opts), args)
+
+
 def write_tiny_config(folder: Path) -> str:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))

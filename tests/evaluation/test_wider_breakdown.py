@@ -181,7 +181,7 @@ def test_sums_on_a_published_result_set(shared_data):
 
     evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat", by_size=True)
     archive = next(Path(shared_data / "wider/predictions").glob("2aliveDeepfake*"))
-    for image, boxes, scores in read_predictions(archive):
+    for image, (boxes, scores, *_) in read_predictions(archive):
         evaluator.update(image, boxes, scores)
     whole, events = evaluator.compute(), evaluator.compute_by(lambda image: image.split("/")[0])
     assert len(events) == 61

@@ -43,7 +43,7 @@ from bench_matcher import (
 from PIL import Image
 
 from group_sampling.criterion import AnchorSampler
-from group_sampling.engines import ENGINES
+from group_sampling.env import ENGINES
 from group_sampling.files import write_atomically
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

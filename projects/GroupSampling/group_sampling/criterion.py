@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from . import distributed
 from .anchors import AnchorGrid
 from .losses import BOX_LOSSES, box_loss
 from .ops import AssignResult, assign_and_sample, match_anchor_grid
@@ -104,7 +104,6 @@ class AnchorSampler:
             return self._draw(grid, gt_boxes, ignore_boxes, iteration)
 
     def _draw(self, grid, gt_boxes, ignore_boxes, iteration) -> AssignResult:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         return assign_and_sample(
             grid if self.kind == "group" else grid.merged(),
             gt_boxes,
@@ -113,7 +112,7 @@ class AnchorSampler:
             positive_fraction=self.positive_fraction,
             seed=self.seed,
             iteration=iteration,
-            first_image=rank * len(gt_boxes),
+            first_image=distributed.rank() * len(gt_boxes),
             **self._match_options,
         )
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from . import distributed
 from .criterion import count_by_scale
 from .ops import match_anchors, sample_groups
 
@@ -23,6 +23,12 @@ class ProposalSample(NamedTuple):
     labels: Tensor  # (k,) int8, 1 positive, 0 negative
     matched_gt: Tensor  # (k,) int64 ground-truth index of positives, else -1
     scale_ids: Tensor  # (k,) int64 index of the nearest scale
+
+    def classes(self, gt_classes: Tensor, background: int) -> Tensor:
+        """(k,) int64: of positives the class of their ground truth, of ``gt_classes`` (m,); else ``background``."""
+        if len(gt_classes) == 0:
+            return torch.full_like(self.indices, background)
+        return torch.where(self.labels == 1, gt_classes[self.matched_gt.clamp(min=0)], background)
 
 
 class ProposalSampler:
@@ -95,7 +101,6 @@ class ProposalSampler:
             ignore_boxes: B tensors (k_b, 4): regions whose proposals are no negatives.
             iteration: the training iteration.
         """
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         ignore_boxes = [None] * len(proposals) if ignore_boxes is None else ignore_boxes
         samples = []
         for image, (boxes, gt, ignore) in enumerate(zip(proposals, gt_boxes, ignore_boxes)):
@@ -117,7 +122,7 @@ class ProposalSampler:
                 positive_fraction=self.positive_fraction,
                 seed=self.seed ^ _STREAM,
                 iteration=iteration,
-                first_image=rank * len(proposals) + image,
+                first_image=distributed.rank() * len(proposals) + image,
             )
             index = drawn.indices.flatten()
             index = index[index >= 0]

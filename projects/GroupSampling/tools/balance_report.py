@@ -24,7 +24,7 @@ from fvcore.common.config import CfgNode
 from tqdm import tqdm
 
 from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError, require_dataset
+from group_sampling.data.catalog import Catalog, MissingDatasetError
 from group_sampling.data.records import (
     AnnotationError,
     DataReport,
@@ -102,7 +102,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 def check_dataset(name: str, cfg: CfgNode) -> None:
     try:
-        require_dataset(name, cfg.DATASETS)
+        Catalog(cfg.DATASETS)[name].require()
     except MissingDatasetError as error:
         raise ConfigError(f"{error}\nWith --annotations FILE no images are needed.") from error
     except ValueError as error:

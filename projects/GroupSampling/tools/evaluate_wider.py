@@ -26,8 +26,8 @@ from group_sampling.files import write_atomically
 def load(predictions: Path, evaluator: WiderFaceAP) -> WiderFaceAP:
     """Feed a result set to the evaluator, file by file. Raises ValueError or OSError for what is not as documented."""
     progress = tqdm(read_predictions(predictions), total=len(evaluator), unit="image", disable=None)
-    for image_id, boxes, scores in progress:
-        evaluator.update(image_id, boxes, scores)
+    for image_id, found in progress:
+        evaluator.update(image_id, found.boxes, found.scores)
     return evaluator
 
 

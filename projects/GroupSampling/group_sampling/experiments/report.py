@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.records import ImageRecord, read_image
+from ..data.images import read_image
+from ..data.records import ImageRecord
+from ..detections import Detections
 from ..evaluation import WiderFaceAP, read_predictions
 from ..files import write_atomically
 
@@ -55,10 +57,9 @@ class Run:
     def results(self, dataset: str) -> dict:
         return json.loads((self.folder / "inference" / dataset / "results.json").read_text())
 
-    def predictions(self, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """image_id -> boxes (k, 4) XYXY and scores (k,)."""
-        folder = self.folder / "inference" / dataset / "predictions"
-        return {image.image_id: (image.boxes, image.scores) for image in read_predictions(folder)}
+    def predictions(self, dataset: str) -> dict[str, Detections]:
+        """By image id; classes and anchor scales are unknown."""
+        return dict(read_predictions(self.folder / "inference" / dataset / "predictions"))
 
 
 def write_report(
@@ -280,14 +281,16 @@ def plot_ap_lines(lines: Mapping[str, Sequence[tuple[str, float, float]]], path:
     _save(figure, path)
 
 
-def plot_curves(predictions: Mapping[str, Mapping], records: Sequence[ImageRecord], path: Path) -> None:
+def plot_curves(
+    predictions: Mapping[str, Mapping[str, Detections]], records: Sequence[ImageRecord], path: Path
+) -> None:
     """Precision over recall of every run on all faces."""
     figure = _figure(6, 5)
     axes = figure.subplots()
     for name, images in predictions.items():
         metric = WiderFaceAP.from_records(records)
-        for image_id, (boxes, scores) in images.items():
-            metric.update(image_id, boxes, scores)
+        for image_id, found in images.items():
+            metric.update(image_id, found.boxes, found.scores)
         result = metric.compute()
         axes.plot(*result.curves["all"], label=f"{name} (AP {100 * result.ap['all']:.1f})")
     axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.01), ylim=(0, 1.01))
@@ -311,7 +314,7 @@ def plot_training(runs: Sequence[Run], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_detections(predictions: Mapping[str, Mapping], record: ImageRecord, path: Path) -> None:
+def plot_detections(predictions: Mapping[str, Mapping[str, Detections]], record: ImageRecord, path: Path) -> None:
     """One image, a panel a run: detections solid with their score, annotated faces dashed."""
     from matplotlib.patches import Rectangle
 
@@ -323,10 +326,10 @@ def plot_detections(predictions: Mapping[str, Mapping], record: ImageRecord, pat
         axes.axis("off")
         for x1, y1, x2, y2 in record.boxes[~record.ignore]:
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime", linestyle="--", linewidth=1))
-        boxes, scores = images.get(record.image_id, (np.zeros((0, 4)), np.zeros(0)))
-        shown = scores >= DRAW_SCORE
-        for (x1, y1, x2, y2), score in zip(boxes[shown], scores[shown]):
+        found = images.get(record.image_id, Detections(np.zeros((0, 4)), np.zeros(0)))
+        found = found.select(found.scores >= DRAW_SCORE)
+        for (x1, y1, x2, y2), score in zip(found.boxes, found.scores):
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="red", linewidth=1.5))
             axes.text(x1, y1, f"{score:.2f}", fontsize=6, color="white", backgroundcolor=(1, 0, 0, 0.6), va="bottom")
-        axes.set_title(f"{name}: {shown.sum()} detections, {(~record.ignore).sum()} faces")
+        axes.set_title(f"{name}: {len(found.scores)} detections, {(~record.ignore).sum()} faces")
     _save(figure, path)

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...data.fddb_annotations import MAX_COORDINATE, FDDBImage, check_rows, read_blocks
+from ...data.fddb import MAX_COORDINATE, FDDBImage, check_rows, read_blocks
+from ...detections import Detections
 from ...files import write_atomically
-from ..wider_face.files import ImagePredictions, result_rows
+from ..wider_face.files import result_rows
 
 _FOLD = re.compile(r"(^|[-_])fold-?\d\d?([-_.]|$)", re.IGNORECASE)
 
 
-def read_fddb_predictions(path: str | os.PathLike) -> Iterator[ImagePredictions]:
-    """Read a result set image by image.
+def read_fddb_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detections]]:
+    """Read a result set image by image; yields image ids and detections in float64.
 
     Args:
         path: folder of text files with ``fold-XX`` in their names (others are passed over, the official evaluation
@@ -48,7 +49,7 @@ def read_fddb_predictions(path: str | os.PathLike) -> Iterator[ImagePredictions]
             x1y1, size, scores = block.rows[:, :2], block.rows[:, 2:4], block.rows[:, 4]
             bad = (size < 0).any(axis=1) | (np.abs(block.rows[:, :4]) > MAX_COORDINATE).any(axis=1)
             check_rows(block, bad, f"w and h not negative, and coordinates up to {MAX_COORDINATE:g}")
-            yield ImagePredictions(block.image_id, np.hstack([x1y1, x1y1 + size]), scores.copy())
+            yield block.image_id, Detections(np.hstack([x1y1, x1y1 + size]), scores.copy())
     if not places:
         raise ValueError(f"{path}: expected the detections of at least one image, found none")
 

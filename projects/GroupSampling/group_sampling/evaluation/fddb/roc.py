@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...data.fddb_annotations import MAX_COORDINATE, FDDBImage, read_annotations
+from ...data.fddb import MAX_COORDINATE, FDDBImage, read_annotations
 from ...files import write_atomically
 from .regions import Spans, ellipse_spans, overlaps, rectangle_spans
 from .regressor import EllipseRegressor
@@ -95,7 +95,7 @@ class FDDBRoc:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, image_root: str | os.PathLike | None = None) -> "FDDBRoc":
-        """Build from the published folds, as :func:`~.fddb_annotations.read_annotations` reads them.
+        """Build from the published folds, as :func:`~group_sampling.data.fddb.read_annotations` reads them.
 
         Raises:
             FileNotFoundError, ValueError: as there; also when neither ``image_sizes.csv`` nor ``image_root`` is given.

@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...detections import Detections
 from ...files import write_atomically
 
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
@@ -36,15 +36,7 @@ _ARCHIVE_ERRORS = (
 )
 
 
-class ImagePredictions(NamedTuple):
-    """Detections of one image."""
-
-    image_id: str  # <event>/<image name without extension>, or the name alone
-    boxes: NDArray[np.float64]  # (k, 4) XYXY in pixels
-    scores: NDArray[np.float64]  # (k,)
-
-
-def read_predictions(path: str | os.PathLike) -> Iterator[ImagePredictions]:
+def read_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detections]]:
     """Read a result set image by image, in the order of the folder (sorted) or archive.
 
     Nothing is unpacked to disk. Files without the suffix ``.txt`` and hidden ones (``__MACOSX`` as well) are no
@@ -52,6 +44,9 @@ def read_predictions(path: str | os.PathLike) -> Iterator[ImagePredictions]:
 
     Args:
         path: folder with a folder per event, or a ZIP or tar archive (also .gz, .bz2, .xz) of one.
+
+    Yields:
+        The image id, ``<event>/<image name without extension>`` or the name alone, and its detections in float64.
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
@@ -70,7 +65,7 @@ def read_predictions(path: str | os.PathLike) -> Iterator[ImagePredictions]:
         if image_id in seen:
             raise ValueError(f"{source}: image {image_id!r} was read before, from {seen[image_id]}")
         seen[image_id] = source
-        yield ImagePredictions(image_id, *_parse(content, image_id.rsplit("/", 1)[-1], source))
+        yield image_id, Detections(*_parse(content, image_id.rsplit("/", 1)[-1], source))
     if not seen:
         raise ValueError(f"{path}: expected files <event>/<image>.txt, found none")
 

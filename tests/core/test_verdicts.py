@@ -287,6 +287,23 @@ def test_what_was_not_run():
     assert judgment.weakest.comparison.label == "fpn − fpn_finest_stride, all"
 
 
+def test_subsets_that_the_data_set_does_not_have():
+    """Easy, Medium and Hard are WIDER FACE's: elsewhere a claim is judged without them, and says so."""
+    measured = {
+        config: {subset: seeds for subset, seeds in row.items() if subset not in ("easy", "medium", "hard")}
+        for config, row in measured_like_paper().items()
+    }
+    found = {judgment.ordering.id: judgment for judgment in judge(measured)}
+    assert found["1.5"].verdict == AGREES and found["1.5"].without == ("hard",) and found["1.5"].paper_holds
+    assert [f.comparison.label for f in found["1.5"].findings] == ["fpn_finest_stride − fpn_finest, all"]
+    assert found["1.1"].without == () and found["5.3"].without == ("medium", "hard")
+    assert found["1.4"].verdict == NOT_RUN and found["1.4"].findings == ()
+    assert markdown([found["5.3"]])[-1].endswith("| agrees (without medium, hard) |")
+    assert found["5.3"].to_dict()["without"] == ["medium", "hard"]
+    measured["fpn"]["hard"] = [87.6]  # now it is a row that was not run
+    assert judge(measured, orderings=[ORDERINGS["1.5"]])[0].verdict == NOT_RUN
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_rows_that_are_equal_seldom_get_a_verdict(count):
     """Five equal rows in a chain, and two: at most 5 % of either kind, but for chance (4 standard errors of 1,000)."""

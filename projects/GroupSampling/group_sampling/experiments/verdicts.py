@@ -134,12 +134,14 @@ class Judgment:
     Attributes:
         paper_holds: whether the paper's own numbers bear the claim out; None: it has no numbers.
         verdict: :data:`AGREES`, :data:`DISAGREES`, :data:`NOT_SEPARABLE` or :data:`NOT_RUN`.
+        without: subsets that no measured row has, such as Easy of another data set; the claim was judged without them.
     """
 
     ordering: Ordering
     findings: tuple[Finding, ...]
     paper_holds: bool | None
     verdict: str
+    without: tuple[str, ...] = ()
 
     @property
     def weakest(self) -> Finding | None:
@@ -164,6 +166,7 @@ class Judgment:
             "note": ordering.note,
             "paper_holds": self.paper_holds,
             "verdict": self.verdict,
+            "without": list(self.without),
             "comparisons": [
                 {
                     "label": finding.comparison.label,
@@ -253,6 +256,8 @@ def judge(
         measured: config -> subset -> value of each seed, percent: AP in the subsets of :func:`paper_values`, and those
             of :func:`sample_shares`. Values at the same position are of the same seed; None, or a list that ends
             before, is a seed that was not run, and a comparison leaves out seeds that lack one of its values.
+            Comparisons in a subset that no row has are left out, and the judgment says so; all other missing rows are
+            "not run".
         orderings: the claims; all by default.
         values: the paper's numbers, by default :func:`paper_values`.
         noise: subset -> what is known of the spread between seeds besides the seeds of a comparison.
@@ -290,7 +295,10 @@ def markdown(judgments: Sequence[Judgment]) -> list[str]:
                 spread = "" if weakest.std is None else f" ± {weakest.std:.1f}"
                 count = len(weakest.seeds)
                 cells[2] = f"{weakest.mean:+.1f}{spread} ({count} seed{'s' if count > 1 else ''})"
-        row = (ordering.id, claim, ordering.place, *cells, judgment.verdict)
+        verdict = judgment.verdict
+        if judgment.without and judgment.findings:
+            verdict += f" (without {', '.join(judgment.without)})"
+        row = (ordering.id, claim, ordering.place, *cells, verdict)
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
@@ -298,17 +306,19 @@ def markdown(judgments: Sequence[Judgment]) -> list[str]:
 def _judge_claim(
     ordering: Ordering, measured: Measured, paper: Mapping[str, Mapping[str, float]], noise: Mapping[str, Noise]
 ) -> Judgment:
-    comparisons = ordering.comparisons
+    known_subsets = {subset for subsets in measured.values() for subset in subsets}
+    missing = [subset for c in ordering.comparisons for _, subset in c.weights if subset not in known_subsets]
+    comparisons = [c for c in ordering.comparisons if not any(subset in missing for _, subset in c.weights)]
     findings = tuple(
         _judge_comparison(c, measured, c.value(paper), noise, tail=TAIL / len(comparisons)) for c in comparisons
     )
     verdicts = {finding.verdict for finding in findings}
     order = (DISAGREES, NOT_RUN, NOT_SEPARABLE, AGREES)  # the weakest first
     verdict = next((verdict for verdict in order if verdict in verdicts), NOT_RUN)
-    sums = [finding.paper for finding in findings]
+    sums = [comparison.value(paper) for comparison in ordering.comparisons]
     known = bool(sums) and None not in sums
-    holds = all(f.comparison.low < f.paper < f.comparison.high for f in findings) if known else None
-    return Judgment(ordering, findings, holds, verdict)
+    holds = all(c.low < value < c.high for c, value in zip(ordering.comparisons, sums)) if known else None
+    return Judgment(ordering, findings, holds, verdict, tuple(dict.fromkeys(missing)))
 
 
 def _judge_comparison(

@@ -27,35 +27,18 @@ struct Block {
   int32_t gt[kBlock];
 };
 
-// What all anchors of a block have in common: nothing outside it reaches min_iou with any of them.
-template <typename T>
-struct Reach {
-  T x1, y1, x2, y2;      // hull
-  T min_area, max_area;  // of a ground truth
-};
-
 template <typename T>
 Reach<T> load_block(const Box<T>* anchors, int64_t count, T min_iou, Block<T>& block) {
-  constexpr T inf = std::numeric_limits<T>::infinity();
-  Reach<T> reach{inf, inf, -inf, -inf, T(0), inf};
-  T smallest = inf, largest = T(0);
+  Reach<T> reach = empty_reach<T>();
   for (int64_t i = 0; i < kBlock; ++i) {
     const Box<T> box = i < count ? anchors[i] : Box<T>{};  // an empty box pads the last block
     block.x1[i] = box.x1, block.y1[i] = box.y1, block.x2[i] = box.x2, block.y2[i] = box.y2;
     block.area[i] = box_area(box);
     block.iou[i] = T(0);
     block.gt[i] = 0;
-    if (!is_valid(box)) continue;
-    reach.x1 = std::min(reach.x1, box.x1), reach.y1 = std::min(reach.y1, box.y1);
-    reach.x2 = std::max(reach.x2, box.x2), reach.y2 = std::max(reach.y2, box.y2);
-    smallest = std::min(smallest, block.area[i]), largest = std::max(largest, block.area[i]);
+    extend_reach(reach, box);
   }
-  // The intersection is at most either area, so the areas differ by at most 1 / min_iou; 1e-5 covers rounding, and
-  // areas so small that they lose precision are not bounded.
-  const double low = static_cast<double>(min_iou) * static_cast<double>(smallest) * (1.0 - 1e-5);
-  const double high = static_cast<double>(largest) / static_cast<double>(min_iou) * (1.0 + 1e-5);
-  if (low > 1e-30 && low < 1e30) reach.min_area = static_cast<T>(low);
-  if (high > 1e-30 && high < 1e30) reach.max_area = static_cast<T>(high);
+  widen_areas(reach, min_iou);
   return reach;
 }
 
@@ -64,8 +47,7 @@ GS_ALWAYS_INLINE void find_reachable(const Reach<T>& reach, const Columns<T>& gt
   const T *GS_RESTRICT x1 = gts.x1.data(), *GS_RESTRICT y1 = gts.y1.data(), *GS_RESTRICT x2 = gts.x2.data(),
                        *GS_RESTRICT y2 = gts.y2.data(), *GS_RESTRICT area = gts.area.data();
   for (int64_t j = 0; j < count; ++j) {
-    keep[j] = (x1[j] < reach.x2) & (x2[j] > reach.x1) & (y1[j] < reach.y2) & (y2[j] > reach.y1) &
-              (area[j] >= reach.min_area) & (area[j] <= reach.max_area);
+    keep[j] = meets_hull(reach, Box<T>{x1[j], y1[j], x2[j], y2[j]}) & has_near_area(reach, area[j]);
   }
 }
 

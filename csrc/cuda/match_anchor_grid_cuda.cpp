@@ -6,19 +6,29 @@
 
 #include "../kernel.h"
 #include "../match_anchor_grid.h"
-#include "match_windows.h"
+#include "call_arrays.h"
 
 namespace group_sampling {
 namespace {
 
 template <typename T>
 void match_by_windows(const MatchAnchorGridCall& call, cudaStream_t stream) {
-  match_grid<T>(
-      call.layout, call.gt_boxes, call.ignore_boxes, call.options, stream, [](Workspace&) { return 0; },
-      [&](const Workspace&, int, const cuda::MatchState<T>& state, const cuda::MemberTable&) {
-        const MatchOutput<T> out(call.out);
-        cuda::write_matches(state, out.labels, out.matched_gt, out.best_iou, stream);
-      });
+  const auto num_images = static_cast<int64_t>(call.gt_boxes.size());
+  const int64_t n = call.layout.num_anchors;
+  const GridTables tables(call.layout, num_images, call.gt_boxes, call.ignore_boxes);
+  Workspace workspace;
+  const auto table = workspace.reserve<uint8_t>(tables.tables().bytes);
+  const BoxArrays<T> boxes(workspace, tables);
+  const RescueArrays<T> rescues(workspace, call.options.second_pass, tables.num_gts(), num_images * n);
+  workspace.allocate(call.gt_boxes[0].options());
+  auto* device = workspace.at<uint8_t>(table);
+  const auto windows = boxes.windows(workspace);
+  const auto limits = thresholds<T>(call.options);
+  cuda::prepare<T>(tables.tables(), tables.host(), device, workspace.clears(), {}, nullptr, nullptr, windows, limits,
+                   stream);
+  const MatchOutput<T> out(call.out);
+  cuda::match_windows<T>(tables.tables(), device, n, tables.num_tiles(), windows, limits, rescues.rescue(workspace),
+                         {out.labels, out.matched_gt, out.best_iou}, stream);
 }
 
 void match_anchor_grid_cuda(const MatchAnchorGridCall& call) {

@@ -6,27 +6,24 @@
 
 #include "../kernel.h"
 #include "../match_anchors.h"
-#include "workspace.h"
+#include "call_arrays.h"
 
 namespace group_sampling {
 namespace {
 
 template <typename T>
 void match_densely(const MatchAnchorsCall& call, cudaStream_t stream) {
-  const int64_t n = call.anchors.size(0), num_gts = call.gt_boxes.size(0), num_ignores = call.ignore_boxes.size(0);
+  const int64_t n = call.anchors.size(0), num_gts = call.gt_boxes.size(0);
   Workspace workspace;
-  const int64_t offsets = workspace.reserve<int64_t>(2);  // of the only image's ground truths: 0 is all that is read
-  const StateArrays<T> arrays(workspace, 1, n, num_gts, num_ignores, call.options);
-  workspace.allocate_zeroed(call.anchors.options());
-  const auto state = arrays.state(workspace, workspace.at<int64_t>(offsets));
-  const auto boxes_of = [](const at::Tensor& boxes) {
-    return reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
-  };
-  cuda::match_dense<T>(state, boxes_of(call.anchors), {boxes_of(call.gt_boxes), nullptr, num_gts},
-                       {boxes_of(call.ignore_boxes), nullptr, num_ignores}, stream);
-  cuda::second_pass(state, stream);
+  const RescueArrays<T> rescues(workspace, call.options.second_pass, num_gts, n);
+  workspace.allocate(call.anchors.options());
+  const auto rescue = rescues.rescue(workspace);
+  const auto limits = thresholds<T>(call.options);
+  const at::Tensor anchors = aligned(call.anchors), gts = aligned(call.gt_boxes), ignores = aligned(call.ignore_boxes);
+  cuda::prepare<T>({}, nullptr, nullptr, workspace.clears(), {}, nullptr, nullptr, {}, limits, stream);
   const MatchOutput<T> out(call.out);
-  cuda::write_matches(state, out.labels, out.matched_gt, out.best_iou, stream);
+  cuda::match_dense<T>(aligned_boxes<T>(anchors), n, aligned_boxes<T>(gts), num_gts, aligned_boxes<T>(ignores),
+                       ignores.size(0), limits, rescue, {out.labels, out.matched_gt, out.best_iou}, stream);
 }
 
 void match_anchors_cuda(const MatchAnchorsCall& call) {

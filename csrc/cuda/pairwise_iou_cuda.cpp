@@ -6,7 +6,7 @@
 
 #include "../kernel.h"
 #include "../pairwise_iou.h"
-#include "kernels.h"
+#include "workspace.h"
 
 namespace group_sampling {
 namespace {
@@ -14,11 +14,10 @@ namespace {
 void pairwise_iou_cuda(const PairwiseIouCall& call) {
   const c10::cuda::CUDAGuard guard(call.out.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor boxes1 = aligned(call.boxes1), boxes2 = aligned(call.boxes2);
   AT_DISPATCH_FLOATING_TYPES(call.out.scalar_type(), "pairwise_iou", [&] {
-    cuda::pairwise_iou(reinterpret_cast<const Box<scalar_t>*>(call.boxes1.const_data_ptr<scalar_t>()),
-                       call.boxes1.size(0),
-                       reinterpret_cast<const Box<scalar_t>*>(call.boxes2.const_data_ptr<scalar_t>()),
-                       call.boxes2.size(0), call.out.mutable_data_ptr<scalar_t>(), stream);
+    cuda::pairwise_iou(aligned_boxes<scalar_t>(boxes1), boxes1.size(0), aligned_boxes<scalar_t>(boxes2), boxes2.size(0),
+                       call.out.mutable_data_ptr<scalar_t>(), stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

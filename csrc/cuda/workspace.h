@@ -1,141 +1,93 @@
-// The scratch memory of one call: its arrays are reserved first, then live in one zeroed allocation.
+// The scratch memory of one call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
-#include <cstring>
 #include <vector>
 
-#include "../grid_layout.h"
-#include "../options.h"
 #include "kernels.h"
 
 namespace group_sampling {
 
-// Lays out device arrays in one allocation: reserve() them all, then allocate(), then at().
+// Lays out device arrays: reserve() them all, then allocate() once, then at(). Nothing is kept between calls: torch's
+// allocator is the cache, and it alone knows about streams, threads and the memory of CUDA graphs.
+//
+// With GS_WORKSPACE_GUARD every array is an allocation of its own, so that memcheck sees where each of them ends.
 class Workspace {
  public:
+  using Array = size_t;
+
   template <typename T>
-  int64_t reserve(int64_t count) {
+  Array reserve(int64_t count) {
+    arrays_.push_back({count * static_cast<int64_t>(sizeof(T)), 0, false});
+    return arrays_.size() - 1;
+  }
+
+  // An array that the first kernel has to clear.
+  template <typename T>
+  Array reserve_cleared(int64_t count) {
+    static_assert(sizeof(T) % sizeof(uint32_t) == 0);
+    const Array array = reserve<T>(count);
+    arrays_[array].cleared = true;
+    return array;
+  }
+
+  void allocate(const at::TensorOptions& options) {
+    const auto bytes = options.dtype(at::kByte);
+#ifdef GS_WORKSPACE_GUARD
+    for (const Span& span : arrays_) memory_.push_back(at::empty({span.bytes}, bytes));
+#else
     constexpr int64_t kAlignment = 16;
-    size_ = (size_ + kAlignment - 1) / kAlignment * kAlignment;
-    const int64_t offset = size_;
-    size_ += count * static_cast<int64_t>(sizeof(T));
-    return offset;
+    int64_t size = 0;
+    for (Span& span : arrays_) {
+      span.begin = size;
+      size += (span.bytes + kAlignment - 1) / kAlignment * kAlignment;
+    }
+    memory_.push_back(at::empty({size}, bytes));
+#endif
   }
 
-  void allocate_zeroed(const at::TensorOptions& options) { bytes_ = at::zeros({size_}, options.dtype(at::kByte)); }
-
   template <typename T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(static_cast<uint8_t*>(bytes_.mutable_data_ptr()) + offset);
+  T* at(Array array) const {
+#ifdef GS_WORKSPACE_GUARD
+    return static_cast<T*>(memory_[array].mutable_data_ptr());
+#else
+    return reinterpret_cast<T*>(static_cast<uint8_t*>(memory_[0].mutable_data_ptr()) + arrays_[array].begin);
+#endif
+  }
+
+  cuda::ClearList clears() const {
+    cuda::ClearList list{};
+    for (Array array = 0; array < arrays_.size(); ++array) {
+      if (!arrays_[array].cleared || arrays_[array].bytes == 0) continue;
+      TORCH_INTERNAL_ASSERT(list.count < cuda::ClearList::kCapacity);
+      list.data[list.count] = at<uint32_t>(array);
+      list.words[list.count] = arrays_[array].bytes / static_cast<int64_t>(sizeof(uint32_t));
+      ++list.count;
+    }
+    return list;
   }
 
  private:
-  int64_t size_ = 0;
-  at::Tensor bytes_;
+  struct Span {
+    int64_t bytes, begin;
+    bool cleared;
+  };
+
+  std::vector<Span> arrays_;
+  std::vector<at::Tensor> memory_;
 };
 
-// Small host arrays that go to the device in one upload.
-class HostTables {
- public:
-  template <typename T>
-  int64_t add(const T* data, size_t count) {
-    const size_t offset = (bytes_.size() + 15) / 16 * 16;
-    bytes_.resize(offset + count * sizeof(T));
-    if (count > 0) std::memcpy(bytes_.data() + offset, data, count * sizeof(T));
-    return static_cast<int64_t>(offset);
-  }
+// Boxes where vector instructions can load them: a view may begin anywhere.
+inline at::Tensor aligned(const at::Tensor& boxes) {
+  return reinterpret_cast<uintptr_t>(boxes.const_data_ptr()) % alignof(cuda::AlignedBox<float>) == 0 ? boxes
+                                                                                                     : boxes.clone();
+}
 
-  int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
-  const void* data() const { return bytes_.data(); }
-
- private:
-  std::vector<uint8_t> bytes_;
-};
-
-// Boxes of all images in one tensor, and where each image's begin.
-struct Concatenated {
-  at::Tensor boxes;
-  std::vector<int64_t> offsets;
-
-  Concatenated(at::TensorList images, size_t num_images) : offsets(num_images + 1, 0) {
-    for (size_t b = 0; b < images.size(); ++b) offsets[b + 1] = offsets[b] + images[b].size(0);
-    if (images.size() == 1) boxes = images[0].contiguous();
-    if (images.size() > 1) boxes = at::cat(images).contiguous();
-  }
-
-  template <typename T>
-  cuda::BoxBatch<T> batch(const int64_t* device_offsets) const {
-    const auto* data = boxes.defined() ? reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>()) : nullptr;
-    return {data, device_offsets, offsets.back()};
-  }
-};
-
-// Reserves and fills in the arrays of a MatchState.
 template <typename T>
-class StateArrays {
- public:
-  StateArrays(Workspace& workspace, int64_t num_images, int64_t num_anchors, int64_t num_gts, int64_t num_ignores,
-              const MatchOptions& options)
-      : num_images_(num_images), num_anchors_(num_anchors), has_ignores_(num_ignores > 0), options_(options) {
-    const int64_t total = num_images * num_anchors;
-    const int64_t num_rescues = options.second_pass == SecondPass::kBest ? num_gts : 0;
-    best_iou_ = workspace.reserve<cuda::Bits<T>>(total);
-    best_gt_key_ = workspace.reserve<int32_t>(total);
-    covered_ = workspace.reserve<uint8_t>(has_ignores_ ? total : 0);
-    taken_ = workspace.reserve<uint8_t>(num_gts);
-    rescue_iou_ = workspace.reserve<cuda::Bits<T>>(num_rescues);
-    rescue_key_ = workspace.reserve<unsigned long long>(num_rescues);
-  }
-
-  cuda::MatchState<T> state(const Workspace& workspace, const int64_t* gt_offsets) const {
-    return {num_images_,
-            num_anchors_,
-            gt_offsets,
-            workspace.at<cuda::Bits<T>>(best_iou_),
-            workspace.at<int32_t>(best_gt_key_),
-            has_ignores_ ? workspace.at<uint8_t>(covered_) : nullptr,
-            workspace.at<uint8_t>(taken_),
-            workspace.at<cuda::Bits<T>>(rescue_iou_),
-            workspace.at<unsigned long long>(rescue_key_),
-            static_cast<T>(options_.pos_iou),
-            static_cast<T>(options_.neg_iou),
-            static_cast<T>(options_.ignore_ioa),
-            options_.second_pass};
-  }
-
- private:
-  int64_t num_images_, num_anchors_;
-  bool has_ignores_;
-  MatchOptions options_;
-  int64_t best_iou_, best_gt_key_, covered_, taken_, rescue_iou_, rescue_key_;
-};
-
-// Reserves and fills in the arrays of RankBits.
-class RankArrays {
- public:
-  RankArrays(Workspace& workspace, int64_t num_images, int64_t num_anchors, int64_t num_groups)
-      : words_(num_anchors / 32 + num_groups + 1),
-        positive_(workspace.reserve<uint32_t>(num_images * words_)),
-        not_negative_(workspace.reserve<uint32_t>(num_images * words_)),
-        permutations_(workspace.reserve<Permutation>(num_images * num_groups)) {}
-
-  cuda::RankBits bits(const Workspace& workspace) const {
-    return {workspace.at<uint32_t>(positive_), workspace.at<uint32_t>(not_negative_), words_,
-            workspace.at<Permutation>(permutations_)};
-  }
-
- private:
-  int64_t words_, positive_, not_negative_, permutations_;
-};
-
-inline std::vector<int64_t> prefix_sums(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> sums(sizes.size() + 1, 0);
-  for (size_t i = 0; i < sizes.size(); ++i) sums[i + 1] = sums[i] + sizes[i];
-  return sums;
+const cuda::AlignedBox<T>* aligned_boxes(const at::Tensor& boxes) {
+  return reinterpret_cast<const cuda::AlignedBox<T>*>(boxes.const_data_ptr<T>());
 }
 
 }  // namespace group_sampling

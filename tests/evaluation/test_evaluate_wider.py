@@ -15,10 +15,10 @@ from matplotlib.image import imread
 from PIL import Image
 from scipy.io import savemat
 
-from group_sampling.data.catalog import load_dataset
+from group_sampling.data.catalog import Catalog
+from group_sampling.detections import Detections
 from group_sampling.engines.tv.config import load_config
 from group_sampling.evaluation import WiderFaceAP, write_predictions
-from group_sampling.evaluation.resume import ImageDetections
 from group_sampling.evaluation.run import evaluate_detections
 
 CONFIG = Path(__file__).parents[2] / "projects/GroupSampling/configs/fpn_finest_sampling.yaml"
@@ -113,11 +113,11 @@ def wider_face(tmp_path, monkeypatch):
 def evaluated(folder, *opts, name="wider_face_val"):
     """AP by subset after an evaluation that found the first face of the first image."""
     cfg = load_config(str(CONFIG), ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder / "out"), *opts])
-    nothing = ImageDetections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0))
-    found = ImageDetections(np.array([[10.0, 10, 30, 30]]), np.ones(1), np.zeros(1, dtype=np.int64), np.full(1, 16.0))
-    records = load_dataset(name, cfg.DATASETS)
-    detections = {record.image_id: nothing for record in records} | {"0--Parade/0_Parade_big": found}
-    return evaluate_detections(cfg, name, records, detections)["wider_face"]
+    nothing = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0))
+    found = Detections(np.array([[10.0, 10, 30, 30]]), np.ones(1), np.zeros(1, dtype=np.int64), np.full(1, 16.0))
+    source = Catalog(cfg.DATASETS)[name]
+    detections = {record.image_id: nothing for record in source.records} | {"0--Parade/0_Parade_big": found}
+    return evaluate_detections(cfg, source, detections)["wider_face"]
 
 
 @pytest.mark.parametrize("place", ["ground_truth", "eval_tools/ground_truth"])

@@ -137,7 +137,8 @@ for name in ("pairwise_iou", "match_anchors", "match_anchor_grid", "sample_group
 
 
 # Most registers and bytes of shared memory of a kernel: 128 threads with 128 registers let four blocks share a
-# multiprocessor of sm_75, whose 64 KB of shared memory then hold four times 16 KB. Parameters fit the 4 KB of any driver.
+# multiprocessor of sm_75, whose 64 KB of shared memory then hold four times 16 KB. Parameters fit the 4 KB that any
+# driver takes.
 MAX_REGISTERS = {"tile_kernel": 104, "dense_kernel": 72, "prepare_kernel": 88, "iou_kernel": 64, "": 64}
 MAX_SHARED_BYTES, MAX_PARAMETER_BYTES = 16384, 4096
 

@@ -19,13 +19,7 @@ from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import select_proposals
 from ...samplers import build_anchor_sampler, name_counts
-from ..build import (
-    LOG_PERIOD,
-    SINGLE_STAGE_HEADS,
-    AnchorLayout,
-    build_criterion,
-    common_channels,
-)
+from ..build import LOG_PERIOD, SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .data import ignore_boxes_of
 
 

@@ -1,12 +1,14 @@
 """Checkpoints that either engine reads, written atomically.
 
 Both engines have the same parameters under different names. A checkpoint of one engine, of the other, or a plain
-torchvision ResNet is recognized by its names and converted while it is loaded.
+torchvision ResNet is recognized by its names and converted while it is loaded, or by
+``python -m group_sampling.checkpoint``.
 """
 
+import argparse
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +270,20 @@ class CheckpointMixin:
             )
         refuse_partial_weights(model, self.model, file=filename)
         return checkpoint
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a copy of a checkpoint's weights with the names and layout of one engine."""
+    parser = argparse.ArgumentParser(prog="python -m group_sampling.checkpoint", description=main.__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint of either engine, or a torchvision ResNet")
+    parser.add_argument("target", metavar="TARGET", help="file to write; optimizer state is not copied")
+    parser.add_argument("--engine", choices=("detectron2", "torchvision"), required=True)
+    args = parser.parse_args(argv)
+    checkpoint = torch.load(args.source, map_location="cpu", weights_only=True)
+    model = convert_names(checkpoint.get("model", checkpoint), args.engine)
+    with atomic_file(args.target) as file:
+        torch.save({"model": model, "engine": args.engine}, file)
+
+
+if __name__ == "__main__":
+    main()

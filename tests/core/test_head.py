@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from group_sampling.head import SoftmaxRPNHead
-from group_sampling.inference import flatten_predictions
+from group_sampling.head import SoftmaxRPNHead, flatten_predictions
 
 
 def make(num_anchors=4, steps=(), sizes=((12, 10),), channels=8, **options):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from group_sampling.data.catalog import load_dataset
+from group_sampling.data.catalog import Catalog
 from group_sampling.evaluation import WiderFaceAP, write_predictions
-from group_sampling.report import Run, write_report
+from group_sampling.experiments.report import Run, write_report
 
 SYNTHETIC = {"SYNTHETIC": {"NUM_VAL": 4, "HEIGHT": 96, "WIDTH": 128}}
 
@@ -41,7 +41,7 @@ def make_run(folder, name, records, shift):
 
 
 def test_report(tmp_path):
-    records = load_dataset("synthetic_faces_val", SYNTHETIC)
+    records = Catalog(SYNTHETIC)["synthetic_faces_val"].records
     runs = [make_run(tmp_path, "exact", records, 0), make_run(tmp_path, "a <b> off", records, 40)]
     assert runs[0].samples_per_scale() == {"16": (3.5, 10.0), "128": (5.0, 3.0)}
     page = write_report(runs, "val", records, tmp_path / "out", title="A & B", notes=["note <1>"]).read_text()

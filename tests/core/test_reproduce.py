@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from group_sampling import jobs
-from group_sampling.config import ConfigError
-from group_sampling.engines.common import get_value
+from group_sampling.config import ConfigError, get_value
 from group_sampling.engines.tv.config import load_config
+from group_sampling.experiments import jobs
 
 TOOLS = Path(__file__).resolve().parents[2] / "projects/GroupSampling/tools"
 sys.path.insert(0, str(TOOLS))

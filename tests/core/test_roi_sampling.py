@@ -1,6 +1,7 @@
 """The draw of proposals against rules written out in plain Python, and the second stage's regression loss."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
 from group_sampling.config import ConfigError
-from group_sampling.engines.common import build_proposal_sampler
 from group_sampling.losses import BOX_LOSSES, box_loss
 from group_sampling.ops import sample_groups
-from group_sampling.roi_sampling import ProposalSampler
+from group_sampling.roi_sampling import ROI_SAMPLERS, GroupProposalSampler, build_proposal_sampler
 
 SCALES = (16, 32, 64, 128)
 NAN, INF = math.nan, math.inf
@@ -25,7 +25,7 @@ WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def make_sampler(kind="group", num_samples=8, **options):
-    return ProposalSampler(kind, num_samples=num_samples, scales=SCALES, **options)
+    return ROI_SAMPLERS[kind](num_samples, scales=SCALES, **options)
 
 
 def boxes_of(*rows):
@@ -216,12 +216,12 @@ def test_ignore_regions_are_no_negatives():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="uniform.*got 'random'"):
-        make_sampler("random")
-    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
+    with pytest.raises(ValueError, match="GroupProposalSampler: expected num_samples of at least 1, got 0"):
         make_sampler(num_samples=0)
-    with pytest.raises(ValueError, match=r"scales must be positive numbers, got \[\]"):
-        ProposalSampler("group", num_samples=1, scales=[])
+    for scales in ([], [16, 0]):
+        message = f"GroupProposalSampler: expected positive scales, got {scales}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            GroupProposalSampler(1, scales=scales)
 
 
 def make_cfg(sampler="group", thresholds=(0.5,), labels=(0, 1)):
@@ -237,10 +237,15 @@ def make_cfg(sampler="group", thresholds=(0.5,), labels=(0, 1)):
 
 def test_sampler_from_a_config():
     sampler = build_proposal_sampler(make_cfg())
-    assert (sampler.kind, sampler.num_samples, sampler.scales) == ("group", 128, (16, 32, 64))
+    assert (type(sampler), sampler.num_samples, sampler.scales) == (GroupProposalSampler, 128, (16, 32, 64))
     assert build_proposal_sampler(make_cfg("uniform", (0.4, 0.6), (0, -1, 1))).num_samples == 512
-    with pytest.raises(ConfigError, match=r"MODEL\.GROUP_SAMPLING\.ROI_SAMPLER must be one of .*got 'ohem'"):
+    names = "'uniform', 'group', got 'ohem'"
+    with pytest.raises(ConfigError, match=rf"MODEL\.GROUP_SAMPLING\.ROI_SAMPLER: expected one of {names}"):
         build_proposal_sampler(make_cfg("ohem"))
+    cfg = make_cfg()
+    cfg.MODEL.GROUP_SAMPLING.ROI_SAMPLES_PER_GROUP = 0
+    with pytest.raises(ConfigError, match=r"ROI_SAMPLES_PER_GROUP: expected at least 1, got 0"):
+        build_proposal_sampler(cfg)
     for thresholds, labels in (((0.5,), (0, -1, 1)), ((0.3, 0.5), (0, 1)), ((0.5, 0.6), (-1, 0, 1)), ((), ())):
         with pytest.raises(ConfigError, match=r"MODEL\.ROI_HEADS\.IOU_THRESHOLDS and IOU_LABELS"):
             build_proposal_sampler(make_cfg(thresholds=thresholds, labels=labels))

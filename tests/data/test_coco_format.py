@@ -4,17 +4,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from group_sampling.data import AnnotationError, DataReport
 from group_sampling.data.coco import read_annotations
-from group_sampling.data.records import CLIPPED, INVERTED, NON_FINITE, OUTSIDE, ZERO_AREA
+from group_sampling.data.records import (
+    CLIPPED,
+    INVERTED,
+    NON_FINITE,
+    OUTSIDE,
+    ZERO_AREA,
+    AnnotationError,
+    DataReport,
+)
 
 SAMPLE = Path(__file__).with_name("coco_sample.json")
 
 
 def test_sample_file():
     report = DataReport()
-    records, class_names = read_annotations(SAMPLE, "/images", report=report)
-    assert class_names == ("face", "mask")  # ascending category id
+    records, categories = read_annotations(SAMPLE, "/images", report=report)
+    assert list(categories.items()) == [(3, "face"), (7, "mask")]  # ascending category id
     assert [(r.file_name, r.image_id, r.height, r.width) for r in records] == [
         ("/images/a/one.jpg", "1", 100, 200),
         ("/images/two.png", "2", 50, 60),
@@ -42,8 +49,9 @@ def test_sample_file():
 
 def test_agrees_with_pycocotools(capsys):
     coco = pytest.importorskip("pycocotools.coco").COCO(SAMPLE)
-    records, class_names = read_annotations(SAMPLE, "/images")
-    assert [coco.cats[i]["name"] for i in sorted(coco.cats)] == list(class_names)
+    records, categories = read_annotations(SAMPLE, "/images")
+    class_names = list(categories.values())
+    assert [coco.cats[i]["name"] for i in sorted(coco.cats)] == class_names
     for record in records:
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=int(record.image_id)))
         whole = {tuple(a["bbox"]): a for a in annotations}
@@ -161,7 +169,7 @@ def test_mutated_files_give_documented_errors_only(tmp_path):
             text = "".join(characters[: rng.integers(len(characters))] if rng.random() < 0.1 else characters)
         path.write_text(text, encoding="utf-8")
         try:
-            records, class_names = read_annotations(path, tmp_path)
+            records, categories = read_annotations(path, tmp_path)
         except AnnotationError as error:
             assert str(path) in str(error)
             refused += 1
@@ -171,6 +179,6 @@ def test_mutated_files_give_documented_errors_only(tmp_path):
             assert np.isfinite(record.boxes).all() and (record.boxes[:, 2:] > record.boxes[:, :2]).all()
             assert (record.boxes >= 0).all()
             assert (record.boxes <= [record.width, record.height] * 2).all()
-            assert (record.classes < len(class_names)).all()
+            assert (record.classes < len(categories)).all()
             assert len(record.boxes) == len(record.ignore) == len(record.classes)
     assert 200 < refused < 600

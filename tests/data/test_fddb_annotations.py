@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from group_sampling.data import AnnotationError, DataReport, MissingDatasetError, load_dataset
-from group_sampling.data.fddb import read_records
-from group_sampling.evaluation.fddb_annotations import bounding_boxes, read_annotations
+from group_sampling.data.catalog import Catalog, MissingDatasetError
+from group_sampling.data.fddb import bounding_boxes, read_annotations, read_records
+from group_sampling.data.records import AnnotationError
 
 ONE = "2002/08/11/big/img_1"
 TWO = "2002/08/11/big/img_2"
@@ -155,11 +155,11 @@ def test_bounding_boxes_enclose_the_outline_and_touch_it():
 def test_data_set(folds, tmp_path):
     root = tmp_path / "root"
     with pytest.raises(MissingDatasetError, match=r"(?s)FDDB-folds.*vis-www.*fddb/originalPics/2002 exists"):
-        load_dataset("fddb", root=root)
+        _ = Catalog(root=root)["fddb"].records
     (root / "fddb" / "originalPics").mkdir(parents=True)
     folds.rename(root / "fddb" / "FDDB-folds")
-    report = DataReport()
-    records = load_dataset("fddb", root=root, report=report)
+    source = Catalog(root=root)["fddb"]
+    records, report = source.records, source.report
     assert [record.image_id for record in records] == [ONE, TWO, THREE]
     assert records[0].file_name == str(root / "fddb" / "originalPics" / f"{ONE}.jpg")
     assert (report.num_images, report.num_boxes, report.num_dropped) == (3, 3, 0)
@@ -168,7 +168,7 @@ def test_data_set(folds, tmp_path):
     assert not records[1].ignore.any() and records[1].classes.tolist() == [0, 0]
 
     (root / "fddb" / "FDDB-folds" / "image_sizes.csv").write_text(SIZES)
-    records = load_dataset("fddb", root=root)
+    records = Catalog(root=root)["fddb"].records
     assert (records[1].height, records[1].width) == (64, 72)
     assert records[1].boxes[1, 2] == 72  # clipped: the ellipse reaches to 73
 

@@ -6,20 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from group_sampling.data import (
-    ImageRecord,
-    TestTransform,
-    TrainingStream,
-    TrainTransform,
-    UnreadableImageError,
-    build_test_loader,
-    build_train_loader,
-    filter_empty,
-    read_image,
-)
-from group_sampling.data.synthetic import Settings, records
+from group_sampling.data.images import read_image
+from group_sampling.data.loader import TrainingStream, build_test_loader, build_train_loader, filter_empty
+from group_sampling.data.records import ImageRecord, UnreadableImageError
+from group_sampling.data.synthetic import records
+from group_sampling.data.synthetic_scene import Settings
+from group_sampling.data.transforms import TestTransform, TrainTransform
 
-SYNTHETIC = records("train", Settings(num_train=7, height=64, width=96))
+SYNTHETIC = records("train", Settings(num_train=7, num_val=0, height=64, width=96, seed=0))
 TRANSFORM = TrainTransform(crop_size=(48, 48))
 
 

@@ -7,8 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from group_sampling.data import DataReport, ImageRecord, UnreadableImageError, read_image
-from group_sampling.data.records import CLIPPED, INVERTED, NON_FINITE, OUTSIDE, ZERO_AREA, ImageRoot, usable_boxes
+from group_sampling.data.images import read_image
+from group_sampling.data.records import (
+    CLIPPED,
+    INVERTED,
+    NON_FINITE,
+    OUTSIDE,
+    ZERO_AREA,
+    DataReport,
+    ImageRecord,
+    ImageRoot,
+    UnreadableImageError,
+    usable_boxes,
+)
 
 
 def record(path, size=None):

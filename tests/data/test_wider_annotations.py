@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from group_sampling.data import AnnotationError, DataReport
-from group_sampling.data.records import INVERTED, NON_FINITE, ZERO_AREA
+from group_sampling.data.records import INVERTED, NON_FINITE, ZERO_AREA, AnnotationError, DataReport
 from group_sampling.data.wider_face import read_annotations, read_file_list, read_paths
 
 SAMPLE = Path(__file__).with_name("wider_face_sample_bbx_gt.txt")

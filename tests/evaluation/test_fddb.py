@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from group_sampling.data.fddb import FDDBImage
 from group_sampling.evaluation import FDDBRoc, read_fddb_predictions, write_fddb_predictions
-from group_sampling.evaluation.fddb import plot, table, write_json
-from group_sampling.evaluation.fddb_annotations import FDDBImage
-from group_sampling.evaluation.fddb_regions import ellipse_spans, rectangle_spans
-from group_sampling.evaluation.fddb_regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.regions import ellipse_spans, rectangle_spans
+from group_sampling.evaluation.fddb.regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.roc import plot, table, write_json
 
 TOOL = Path(__file__).parents[2] / "projects/GroupSampling/tools/evaluate_fddb.py"
 
@@ -499,12 +499,12 @@ def test_predictions_come_back_bit_for_bit(tmp_path):
     detections = {f"2002/{n}": (torch.from_numpy(boxes[n, :n]), scores[n, :n]) for n in range(6)}
     write_fddb_predictions(tmp_path / "out", images, detections)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"fold-0{n}-out.txt" for n in (1, 2, 3)]
-    read = {image_id: rest for image_id, *rest in read_fddb_predictions(tmp_path / "out")}
-    assert len(read) == 9 and read["2002/8"][0].shape == (0, 4)
+    read = dict(read_fddb_predictions(tmp_path / "out"))
+    assert len(read) == 9 and read["2002/8"].boxes.shape == (0, 4)
     for n in range(6):
         n = min(n, 4)
-        assert np.array_equal(read[f"2002/{n}"][0].astype(np.float32), boxes[n, :n])
-        assert np.array_equal(read[f"2002/{n}"][1].astype(np.float32), scores[n, :n])
+        assert np.array_equal(read[f"2002/{n}"].boxes.astype(np.float32), boxes[n, :n])
+        assert np.array_equal(read[f"2002/{n}"].scores.astype(np.float32), scores[n, :n])
 
 
 @pytest.mark.parametrize(
@@ -548,8 +548,8 @@ def test_malformed_predictions(tmp_path, files, message):
 
 def test_one_file_of_all_images(tmp_path):
     (tmp_path / "Dets.txt").write_text("a\n0\nb\n1\n1 2 3 4 0.5\n")
-    first, second = read_fddb_predictions(tmp_path / "Dets.txt")
-    assert (first.image_id, len(first.boxes)) == ("a", 0)
+    (first_id, first), (_, second) = read_fddb_predictions(tmp_path / "Dets.txt")
+    assert (first_id, len(first.boxes)) == ("a", 0)
     assert second.boxes.tolist() == [[1, 2, 4, 6]] and second.scores.tolist() == [0.5]
     with pytest.raises(FileNotFoundError, match="no such folder or file of predictions"):
         list(read_fddb_predictions(tmp_path / "nothing"))
@@ -706,7 +706,9 @@ def real_evaluator(shared_data):
     @functools.cache
     def build(detector):
         evaluator = FDDBRoc.from_folder(shared_data / "fddb" / "annotations")
-        for image_id, boxes, scores in read_fddb_predictions(shared_data / "fddb" / "detections_with_roc" / detector):
+        for image_id, (boxes, scores, *_) in read_fddb_predictions(
+            shared_data / "fddb" / "detections_with_roc" / detector
+        ):
             evaluator.update(image_id, boxes, scores)
         return evaluator
 

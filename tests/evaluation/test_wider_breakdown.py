@@ -13,7 +13,7 @@ from scipy.io import savemat
 from test_wider_face import evaluate, nearest_scale, random_set, xyxy
 
 from group_sampling.evaluation import WiderFaceAP
-from group_sampling.evaluation.wider_curves import plot_comparison, read_published_curves
+from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 
 EVENTS = 3
 
@@ -181,7 +181,7 @@ def test_sums_on_a_published_result_set(shared_data):
 
     evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat", by_size=True)
     archive = next(Path(shared_data / "wider/predictions").glob("2aliveDeepfake*"))
-    for image, boxes, scores in read_predictions(archive):
+    for image, (boxes, scores, *_) in read_predictions(archive):
         evaluator.update(image, boxes, scores)
     whole, events = evaluator.compute(), evaluator.compute_by(lambda image: image.split("/")[0])
     assert len(events) == 61

@@ -469,7 +469,7 @@ def assert_published_ap(shared_data, name):
     evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
     shuffled = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
     rng = np.random.default_rng(0)
-    for image, boxes, scores in read_predictions(shared_data / f"wider/predictions/{name}.tar.xz"):
+    for image, (boxes, scores, *_) in read_predictions(shared_data / f"wider/predictions/{name}.tar.xz"):
         evaluator.update(image, boxes, scores)
         order = rng.permutation(len(scores))
         shuffled.update(image, boxes[order], scores[order])
@@ -501,7 +501,7 @@ def test_the_text_annotation_gives_the_same_as_the_official_files(shared_data):
     from_text = WiderFaceAP.from_records(records)
     official = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
     path = shared_data / "wider/predictions/2aliveDeepfake+face_5landmark.tar.xz"
-    for image, boxes, scores in read_predictions(path):
+    for image, (boxes, scores, *_) in read_predictions(path):
         scale = 16 << len(image) % 4
         from_text.update(image, boxes, scores, [scale] * len(boxes))
         official.update(image, boxes, scores, [scale] * len(boxes))

@@ -42,9 +42,9 @@ from bench_matcher import (
 )
 from PIL import Image
 
-from group_sampling.engines import ENGINES
+from group_sampling.env import ENGINES
 from group_sampling.files import write_atomically
-from group_sampling.targets import AnchorSampler
+from group_sampling.samplers import AnchorSampler
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIDE, FACES = 1200, 1000  # of the paper's case

@@ -1,18 +1,18 @@
 """The prediction head shared by all levels and both engines."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inference import flatten_predictions
-from .targets import Predict, predict_from
+# Logits (B, K) and deltas (B, K, 4) of the anchors with the given (B, K) indices, or of all n anchors for None.
+Predict = Callable[[Tensor | None], tuple[Tensor, Tensor]]
 
 
 class SoftmaxRPNHead(nn.Module):
-    """A 3x3 convolution, then per anchor a two-way softmax classifier (Sec. 3) and four box deltas.
+    """A 3x3 convolution, then per anchor a two-way softmax classifier (Sec. 5) and four box deltas.
 
     A softmax over (background, face) depends only on the difference of the two logits, so the head returns that
     difference: ``sigmoid(difference)`` is the softmax probability and binary cross entropy on it is the softmax loss.
@@ -127,3 +127,29 @@ class SoftmaxRPNHead(nn.Module):
             torch.cat([cls_weight[1] - cls_weight[0], box_weight], dim=1),
             torch.cat([cls_bias[1] - cls_bias[0], box_bias], dim=1),
         )
+
+
+def flatten_predictions(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Bring a head's per-level maps into the order of :meth:`AnchorGrid.boxes`.
+
+    Args:
+        logits: per level (B, A, H, W).
+        deltas: per level (B, 4 * A, H, W).
+
+    Returns:
+        (B, n) and (B, n, 4).
+    """
+    flat_logits = [level.permute(0, 2, 3, 1).flatten(1) for level in logits]
+    flat_deltas = [level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas]
+    return torch.cat(flat_logits, dim=1), torch.cat(flat_deltas, dim=1)
+
+
+def predict_from(logits: Tensor, deltas: Tensor) -> Predict:
+    """:data:`Predict` of predictions that exist already: ``logits`` (B, n) and ``deltas`` (B, n, 4)."""
+
+    def predict(index: Tensor | None) -> tuple[Tensor, Tensor]:
+        if index is None:
+            return logits, deltas
+        return logits.gather(1, index), deltas.gather(1, index[..., None].expand(-1, -1, 4))
+
+    return predict

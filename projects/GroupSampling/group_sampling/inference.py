@@ -19,21 +19,6 @@ class Proposals(NamedTuple):
     anchor_scales: Tensor  # (k,) scale of the anchor that produced the box
 
 
-def flatten_predictions(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Bring a head's per-level maps into the order of :meth:`AnchorGrid.boxes`.
-
-    Args:
-        logits: per level (B, A, H, W).
-        deltas: per level (B, 4 * A, H, W).
-
-    Returns:
-        (B, n) and (B, n, 4).
-    """
-    flat_logits = [level.permute(0, 2, 3, 1).flatten(1) for level in logits]
-    flat_deltas = [level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas]
-    return torch.cat(flat_logits, dim=1), torch.cat(flat_deltas, dim=1)
-
-
 @torch.no_grad()
 def select_proposals(
     grid: AnchorGrid,

@@ -24,7 +24,7 @@ from fvcore.common.config import CfgNode
 from tqdm import tqdm
 
 from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError, require_dataset
+from group_sampling.data.catalog import Catalog, MissingDatasetError
 from group_sampling.data.records import (
     AnnotationError,
     DataReport,
@@ -32,11 +32,11 @@ from group_sampling.data.records import (
     UnreadableImageError,
     usable_boxes,
 )
-from group_sampling.engines.balance import SampleBalance, sample_balance
-from group_sampling.engines.common import load_records
+from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
+from group_sampling.experiments.balance import SampleBalance, sample_balance
+from group_sampling.experiments.report import plot_samples
 from group_sampling.files import write_atomically
-from group_sampling.report import plot_samples
 
 INVALID = 3  # position of the attribute in "attr": blur, expression, illumination, invalid, occlusion, pose
 LOG_FROM = 50.0  # ratio of the largest count to the smallest from which the plot's axis is logarithmic
@@ -102,7 +102,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 def check_dataset(name: str, cfg: CfgNode) -> None:
     try:
-        require_dataset(name, cfg.DATASETS)
+        Catalog(cfg.DATASETS)[name].require()
     except MissingDatasetError as error:
         raise ConfigError(f"{error}\nWith --annotations FILE no images are needed.") from error
     except ValueError as error:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import yaml
 
-from group_sampling.data.catalog import load_dataset
-from group_sampling.engines import ENGINES, resolve_engine
+from group_sampling.data.catalog import Catalog
+from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.experiments.jobs import Job, run_jobs
+from group_sampling.experiments.report import Run, write_report
 from group_sampling.files import write_atomically
-from group_sampling.jobs import Job, run_jobs
-from group_sampling.report import Run, write_report
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "projects/GroupSampling/configs/quick"
@@ -118,7 +118,7 @@ def main() -> None:
     report = write_report(
         first,
         DATASET,
-        load_dataset(DATASET, config["DATASETS"]),
+        Catalog(config["DATASETS"])[DATASET].records,
         args.output,
         title="FPN-finest against FPN-finest-sampling",
         notes=notes,

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from group_sampling.evaluation.fddb import FDDBResult, FDDBRoc, plot, table, write_json
-from group_sampling.evaluation.fddb_predictions import read_fddb_predictions
-from group_sampling.evaluation.fddb_regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.files import read_fddb_predictions
+from group_sampling.evaluation.fddb.regressor import EllipseRegressor
+from group_sampling.evaluation.fddb.roc import FDDBResult, FDDBRoc, plot, table, write_json
 
 
 def evaluate(
@@ -41,8 +41,8 @@ def evaluate(
         raise ValueError("--ellipse s3fd needs --regressor, S3FD's Fit.mat")
     s3fd = EllipseRegressor.from_s3fd(regressor) if "s3fd" in ellipses else None
     evaluator = FDDBRoc.from_folder(annotations, images)
-    for image_id, boxes, scores in read_fddb_predictions(predictions):
-        evaluator.update(image_id, boxes, scores)
+    for image_id, found in read_fddb_predictions(predictions):
+        evaluator.update(image_id, found.boxes, found.scores)
     results = {}
     for ellipse in ellipses:
         progress = partial(tqdm, desc=ellipse, unit="image", disable=None)

@@ -19,15 +19,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from group_sampling.evaluation import WiderFaceAP, WiderFaceResult, read_predictions
-from group_sampling.evaluation.wider_curves import plot_comparison, read_published_curves
+from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 from group_sampling.files import write_atomically
 
 
 def load(predictions: Path, evaluator: WiderFaceAP) -> WiderFaceAP:
     """Feed a result set to the evaluator, file by file. Raises ValueError or OSError for what is not as documented."""
     progress = tqdm(read_predictions(predictions), total=len(evaluator), unit="image", disable=None)
-    for image_id, boxes, scores in progress:
-        evaluator.update(image_id, boxes, scores)
+    for image_id, found in progress:
+        evaluator.update(image_id, found.boxes, found.scores)
     return evaluator
 
 

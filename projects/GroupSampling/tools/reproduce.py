@@ -28,16 +28,16 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from group_sampling.config import ConfigError
+from group_sampling.config import ConfigError, get_value
 from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.data.records import ImageRecord
-from group_sampling.engines import ENGINES, resolve_engine
-from group_sampling.engines.balance import sample_balance
-from group_sampling.engines.common import get_value, load_records
+from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
+from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.experiments.balance import sample_balance
+from group_sampling.experiments.jobs import Job, run_jobs
+from group_sampling.experiments.report import Run, plot_ap_bars, plot_ap_lines, plot_samples
 from group_sampling.files import write_atomically
-from group_sampling.jobs import Job, run_jobs
-from group_sampling.report import Run, plot_ap_bars, plot_ap_lines, plot_samples
 
 PROJECT = Path(__file__).resolve().parents[1]
 REPOSITORY = PROJECT.parents[1]

@@ -19,10 +19,12 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.ops import box_iou
 
+from group_sampling.config import ConfigError
 from group_sampling.data.catalog import MissingDatasetError
-from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError, read_image
-from group_sampling.engines import ENGINES, resolve_engine
-from group_sampling.engines.common import ConfigError, load_records
+from group_sampling.data.images import read_image
+from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError
+from group_sampling.engines.build import load_records
+from group_sampling.env import ENGINES, resolve_engine
 from group_sampling.files import write_atomically
 
 FACE_COLOUR, FOUND_COLOUR = "lime", "red"
@@ -49,16 +51,12 @@ Detect = Callable[[CfgNode, np.ndarray], tuple[np.ndarray, np.ndarray]]
 def load_detector(engine: str, config_file: str, weights: str, opts: list[str]) -> tuple[CfgNode, Detect]:
     """The config, and the detector of these weights."""
     if engine == "detectron2":
-        from detectron2.config import get_cfg
         from detectron2.modeling import build_model
 
-        from group_sampling.engines.common import check_config, merge_config
-        from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA, add_group_sampling_config
+        from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA
+        from group_sampling.engines.d2.train import load_config
 
-        cfg = get_cfg()
-        add_group_sampling_config(cfg)
-        merge_config(cfg, config_file, opts)
-        check_config(cfg)
+        cfg = load_config(config_file, opts)
         model = build_model(cfg).eval()
 
         def detect(cfg: CfgNode, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,6 @@ Read with the standard library, not with pycocotools: a file of one's own is whe
 answers them with a bare KeyError or not at all. Here every error names the file and the image or annotation.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any
@@ -19,7 +17,7 @@ _MAX_SIDE = 2**24  # float32 holds every pixel up to here
 
 def read_annotations(
     file: str | os.PathLike[str], image_root: str | os.PathLike[str], *, report: DataReport | None = None
-) -> tuple[list[ImageRecord], tuple[str, ...]]:
+) -> tuple[list[ImageRecord], dict[int, str]]:
     """Parses a COCO-format annotation file. Opens no image.
 
     Boxes are clipped to their image; those of zero or negative size, outside the image or not finite are dropped and
@@ -30,7 +28,8 @@ def read_annotations(
         report: counts are added to it.
 
     Returns:
-        (records, class_names): classes are numbered in ascending category id; ``image_id`` is the id as a string.
+        (records, categories): category id -> name in ascending id, the order of the class indices; ``image_id`` is
+        the id as a string.
 
     Raises:
         AnnotationError: with file, id, expectation and finding.
@@ -41,9 +40,11 @@ def read_annotations(
     content = _load(file)
     name = os.fspath(file)
 
-    categories = _by_id(content, "categories", name)
-    class_of = {category_id: index for index, category_id in enumerate(sorted(categories))}
-    class_names = tuple(_get(categories[i], "name", str, f"{name}: category {i}") for i in class_of)
+    categories = {
+        category_id: _get(category, "name", str, f"{name}: category {category_id}")
+        for category_id, category in sorted(_by_id(content, "categories", name).items())
+    }
+    class_of = {category_id: index for index, category_id in enumerate(categories)}
 
     images = _by_id(content, "images", name)
     annotations: dict[int, list[tuple[int, dict[str, Any]]]] = {image_id: [] for image_id in images}
@@ -75,7 +76,7 @@ def read_annotations(
         report.num_images += 1
         report.num_ignore += int(record.ignore.sum())
         records.append(record)
-    return records, class_names
+    return records, categories
 
 
 def _load(file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Loaders of both engines: endless, seeded and resumable for training; each image once for evaluation."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -13,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from .records import ImageRecord, UnreadableImageError, read_image
+from .images import read_image
+from .records import ImageRecord, UnreadableImageError
 from .transforms import TestTransform, TrainTransform
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,6 @@ Shape shorthand: m boxes of one image; m may be 0 (a background image is valid).
 Boxes are XYXY in absolute pixels of the upright image, width = x2 - x1, float32.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
 
 
 class AnnotationError(ValueError):
@@ -50,35 +47,6 @@ class ImageRecord:
     boxes: np.ndarray
     classes: np.ndarray
     ignore: np.ndarray
-
-
-def read_image(record: ImageRecord) -> np.ndarray:
-    """Reads, or renders, the image of ``record``.
-
-    Returns:
-        (H, W, 3) uint8 RGB, turned upright by its EXIF orientation, writable.
-
-    Raises:
-        UnreadableImageError: missing, not an image, cut short, or of another size than the record says.
-    """
-    from . import synthetic  # which imports this module
-
-    if synthetic.is_address(record.file_name):
-        return synthetic.render(record.file_name)
-    try:
-        with Image.open(record.file_name) as file:
-            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except FileNotFoundError:
-        raise UnreadableImageError(record.file_name, "no such file") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything, SyntaxError included
-        raise UnreadableImageError(record.file_name, f"{type(error).__name__}: {error}") from error
-    height, width = image.shape[:2]
-    if record.height is not None and (height, width) != (record.height, record.width):
-        reason = f"its annotation says {record.width}x{record.height} pixels, the upright image has {width}x{height}"
-        raise UnreadableImageError(record.file_name, reason)
-    return image
 
 
 ZERO_AREA = "zero area"

@@ -3,8 +3,6 @@
 Boxes are XYXY in absolute pixels, float32; images are (H, W, 3) uint8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

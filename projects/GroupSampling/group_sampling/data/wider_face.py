@@ -9,8 +9,6 @@ The text format is a sequence of::
 An image without faces has the count 0 and, nevertheless, one line of ten zeros after it.
 """
 
-from __future__ import annotations
-
 import gzip
 import os
 import zlib

@@ -1,17 +1,16 @@
 """Evaluation of detections: WIDER FACE's, FDDB's and COCO's protocols and prediction files. Torch is not imported."""
 
 from .coco import CocoAP, CocoResult
-from .fddb import FDDBResult, FDDBRoc
-from .fddb_predictions import read_fddb_predictions, write_fddb_predictions
-from .predictions import ImagePredictions, read_predictions, write_predictions
-from .wider_face import WiderFaceAP, WiderFaceResult
+from .fddb.files import read_fddb_predictions, write_fddb_predictions
+from .fddb.roc import FDDBResult, FDDBRoc
+from .wider_face.ap import WiderFaceAP, WiderFaceResult
+from .wider_face.files import read_predictions, write_predictions
 
 __all__ = [
     "CocoAP",
     "CocoResult",
     "FDDBResult",
     "FDDBRoc",
-    "ImagePredictions",
     "WiderFaceAP",
     "WiderFaceResult",
     "read_fddb_predictions",

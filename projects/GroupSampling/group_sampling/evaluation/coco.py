@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..data.coco import read_annotations
 from ..files import write_atomically
 
 _ALL_AREAS = "all"  # COCO's name for the objects of every size; the others are "small", "medium" and "large"
@@ -116,21 +117,18 @@ class CocoAP:
             AnnotationError: the file does not follow the format.
             OSError: it cannot be opened.
         """
-        from ..data.coco import read_annotations  # brings torch along, which the other evaluations do without
-
-        records, class_names = read_annotations(file, ".")
+        records, categories = read_annotations(file, ".")
         with open(file, "rb") as stream:
             content = json.load(stream)
-        category_ids = sorted(category["id"] for category in content["categories"])
-        class_of = {category_id: index for index, category_id in enumerate(category_ids)}
+        class_of = {category_id: index for index, category_id in enumerate(categories)}
         rows: dict[str, list] = {record.image_id: [] for record in records}
         for annotation in content["annotations"]:
             x, y, w, h = (float(value) for value in annotation["bbox"])
             if w > 0 and h > 0 and math.isfinite(x + y + w + h):
                 box = x, y, w, h, annotation.get("area", w * h), annotation.get("iscrowd", 0)
                 rows[str(annotation["image_id"])].append((*box, class_of[annotation["category_id"]]))
-        self = cls([], class_names, max_dets_per_image=max_dets_per_image)
-        self._category_ids = category_ids
+        self = cls([], tuple(categories.values()), max_dets_per_image=max_dets_per_image)
+        self._category_ids = list(categories)
         for image_id in sorted(rows, key=int):  # pycocotools' order, which decides between equal scores
             table = np.array(rows[image_id], dtype=np.float64).reshape(-1, 7)
             self._truth[image_id] = _Objects(table[:, :4], table[:, 6].astype(int), table[:, 4], table[:, 5] != 0)

@@ -5,8 +5,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ...evaluation.pyramid import Detections
-from ..common import build_pyramid
+from ...detections import Detections
+from ..build import build_pyramid
 
 
 class GroupSamplingTTA(nn.Module):

@@ -1,0 +1,92 @@
+"""The losses of the anchors that a sampler chose: the part of training that both engines share."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .anchors import AnchorGrid
+from .head import Predict, predict_from
+from .losses import BOX_LOSSES, box_loss
+from .samplers import AnchorSampler, count_anchors
+
+
+class AnchorLosses(NamedTuple):
+    """What :class:`AnchorCriterion` returns."""
+
+    classification: Tensor  # scalar
+    localization: Tensor  # scalar
+    num_pos: Tensor  # (S,) positives chosen of each of the grid's scales, mean over the images
+    num_neg: Tensor  # (S,) likewise negatives
+
+
+class AnchorCriterion(nn.Module):
+    """Classification and regression loss of the anchors that the sampler chose.
+
+    How classification losses are averaged is the sampler's :meth:`~AnchorSampler.classification`; regression losses
+    are averaged over the positives. No step waits for a GPU.
+    """
+
+    def __init__(self, sampler: AnchorSampler, *, box_loss_type: str = "iou_l2", smooth_l1_beta: float = 0.0):
+        """
+        Args:
+            box_loss_type: one of :data:`~group_sampling.losses.BOX_LOSSES`.
+            smooth_l1_beta: where smooth-L1 turns from quadratic to linear.
+
+        Raises:
+            ValueError: unknown ``box_loss_type``.
+        """
+        super().__init__()
+        if box_loss_type not in BOX_LOSSES:
+            raise ValueError(f"AnchorCriterion: expected a box_loss_type among {BOX_LOSSES}, got {box_loss_type!r}")
+        self.sampler = sampler
+        self.box_loss_type = box_loss_type
+        self.smooth_l1_beta = smooth_l1_beta
+
+    def forward(
+        self,
+        grid: AnchorGrid,
+        predict: Predict,
+        gt_boxes: Sequence[Tensor],
+        ignore_boxes: Sequence[Tensor] | None = None,
+        *,
+        iteration: int,
+    ) -> AnchorLosses:
+        """
+        Args:
+            grid: n anchors.
+            predict: gives logits and deltas of all anchors, or of the chosen ones alone.
+            gt_boxes, ignore_boxes, iteration: see :meth:`AnchorSampler.__call__`.
+        """
+        logits = None
+        if self.sampler.needs_logits:
+            all_logits, all_deltas = predict(None)
+            predict, logits = predict_from(all_logits, all_deltas), all_logits.detach()
+        chosen = self.sampler(grid, gt_boxes, ignore_boxes, iteration=iteration, logits=logits)
+        shape = chosen.indices.shape  # (B, G, N)
+        logits, deltas = predict(chosen.indices.flatten(1).clamp(min=0))  # -1 where a group ran out of anchors
+        classification = self.sampler.classification(logits.unflatten(1, shape[1:]), chosen)
+
+        # Positives come first in every group, so the regression loss reads a fixed number of columns.
+        columns = slice(self.sampler.max_positives)
+        positive = (chosen.labels[..., columns] == 1).flatten(1)
+        index = chosen.indices[..., columns].flatten(1).clamp(min=0)
+        matched_gt = chosen.matched_gt[..., columns].flatten(1).clamp(min=0)
+        deltas = deltas.unflatten(1, shape[1:])[:, :, columns].flatten(1, 2)
+        anchors = grid.boxes(device=deltas.device)[index]
+        # An image without faces still needs a row to index; its loss is masked.
+        targets = torch.stack([_rows(boxes, rows, anchors.dtype) for boxes, rows in zip(gt_boxes, matched_gt)])
+        # Masked entries regress to their own anchor: finite loss, and no gradient after the mask.
+        targets = torch.where(positive[..., None], targets, anchors)
+        losses = box_loss(self.box_loss_type, deltas.float(), anchors, targets, self.smooth_l1_beta)
+        localization = torch.where(positive, losses, 0.0).sum() / positive.sum().clamp(min=1)
+
+        num_pos, num_neg = count_anchors(grid, chosen) / shape[0]
+        return AnchorLosses(classification, localization, num_pos, num_neg)
+
+
+def _rows(boxes: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if len(boxes) == 0:
+        boxes = boxes.new_zeros((1, 4))
+    return boxes.to(dtype)[rows]

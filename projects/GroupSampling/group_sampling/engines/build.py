@@ -1,0 +1,290 @@
+"""What both engines make of a config, and what both of them log."""
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from .. import distributed
+from ..anchors import AnchorGrid
+from ..config import ConfigError, check_common_values, check_values
+from ..criterion import AnchorCriterion
+from ..data.catalog import Catalog, Source
+from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
+from ..data.records import ImageRecord
+from ..data.transforms import TestTransform, TrainTransform
+from ..losses import BOX_LOSSES
+from ..pyramid import ImagePyramid
+from ..roi_sampling import build_proposal_sampler
+from ..samplers import build_anchor_sampler
+
+# Values of MODEL.ROI_HEADS.NAME: the heads that return the proposals of a single-stage detector as its detections, and
+# those of Grouped Fast R-CNN (Table 5).
+SINGLE_STAGE_HEADS = "ProposalDetections"
+GROUPED_HEADS = "GroupedROIHeads"
+
+LOG_PERIOD = 20  # iterations
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuse what neither engine can run.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    check_common_values(cfg)
+    build_criterion(cfg)
+    if cfg.MODEL.ROI_HEADS.NAME == GROUPED_HEADS:
+        build_proposal_sampler(cfg)
+    if cfg.TEST.PYRAMID.SCALES:
+        build_pyramid(cfg)
+
+
+def check_datasets(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_only: bool) -> None:
+    """Refuse a run that will lack a data set: better now than after the training.
+
+    Args:
+        find_source: the data set of a name; raises ValueError for an unknown one.
+
+    Raises:
+        ConfigError: an unknown name, or an invalid declaration.
+        MissingDatasetError: files are missing.
+    """
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            try:
+                find_source(name).require()
+            except ValueError as error:
+                raise ConfigError(f"DATASETS.{key}: {error}") from error
+
+
+def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
+    """Replace ``SEED`` -1 by a number that all processes agree on, in place.
+
+    The draws of the anchors and the order of the images are functions of it, and ``config.yaml`` records it.
+
+    Args:
+        keep: use the seed of the run in ``OUTPUT_DIR``, if there is one.
+    """
+    if cfg.SEED >= 0:
+        return
+    previous = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if keep and os.path.isfile(previous):
+        cfg.SEED = cfg.load_yaml_with_base(previous)["SEED"]
+    else:
+        cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
+
+
+@dataclass(frozen=True)
+class AnchorLayout:
+    """Which anchors a detector has, level by level, whatever the image size.
+
+    Attributes:
+        sizes, aspect_ratios: per level, square roots of the anchor areas in pixels and height / width.
+        strides: per level, pixels from one cell to the next.
+        steps: empty: level i is the i-th feature. Else all levels are of one feature, and level i has anchors in every
+            ``steps[i]``-th row and column of its cells (FPN-finest-stride).
+    """
+
+    sizes: tuple[tuple[float, ...], ...]
+    aspect_ratios: tuple[tuple[float, ...], ...]
+    strides: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, feature_strides: Sequence[int]) -> "AnchorLayout":
+        """
+        Args:
+            feature_strides: of MODEL.RPN.IN_FEATURES.
+
+        Raises:
+            ConfigError: sizes, ratios or strides do not fit the features.
+        """
+        generator, strides = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.GROUP_SAMPLING.ANCHOR_STRIDES
+        if not strides:
+            count = len(feature_strides)
+            sizes = _per_level(generator.SIZES, count, "SIZES")
+            return cls(sizes, _per_level(generator.ASPECT_RATIOS, count, "ASPECT_RATIOS"), tuple(feature_strides))
+        if len(feature_strides) != 1 or len(generator.SIZES) != 1 or len(generator.SIZES[0]) != len(strides):
+            raise ConfigError(
+                "MODEL.GROUP_SAMPLING.ANCHOR_STRIDES: expected one feature in MODEL.RPN.IN_FEATURES and one stride per "
+                f"size of MODEL.ANCHOR_GENERATOR.SIZES, got {cfg.MODEL.RPN.IN_FEATURES} and strides {strides} for "
+                f"{generator.SIZES}"
+            )
+        if any(stride % feature_strides[0] or stride <= 0 for stride in strides):
+            raise ConfigError(
+                f"MODEL.GROUP_SAMPLING.ANCHOR_STRIDES: expected multiples of the stride {feature_strides[0]} of "
+                f"{cfg.MODEL.RPN.IN_FEATURES}, got {strides}"
+            )
+        return cls(
+            tuple((size,) for size in generator.SIZES[0]),
+            _per_level(generator.ASPECT_RATIOS, len(strides), "ASPECT_RATIOS"),
+            tuple(strides),
+            tuple(stride // feature_strides[0] for stride in strides),
+        )
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Anchors that the head predicts per cell.
+
+        Raises:
+            ConfigError: the levels, which share the head, differ in it.
+        """
+        counts = [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios)]
+        return _common_value(counts, "anchors per cell") * max(len(self.steps), 1)
+
+    def level_sizes(self, feature_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Per level (height, width) in cells that have anchors, of features (height, width) in cells."""
+        if not self.steps:
+            return list(feature_sizes)
+        ((height, width),) = feature_sizes
+        return [(-(-height // step), -(-width // step)) for step in self.steps]
+
+    def grid(self, feature_sizes: Sequence[tuple[int, int]], cell_anchors: Sequence[Tensor]) -> AnchorGrid:
+        """The anchors of features (height, width) in cells; ``cell_anchors`` are each level's (A, 4) base boxes."""
+        return AnchorGrid.from_cell_anchors(cell_anchors, self.strides, self.level_sizes(feature_sizes))
+
+
+def common_channels(channels: Iterable[int]) -> int:
+    """The number of channels of the levels of the RPN.
+
+    Raises:
+        ConfigError: they differ, although they share the head.
+    """
+    return _common_value(channels, "channels")
+
+
+def _common_value(values: Iterable[int], what: str) -> int:
+    distinct = sorted(set(values))
+    if len(distinct) != 1:
+        raise ConfigError(
+            f"MODEL.RPN.IN_FEATURES: expected levels with equal numbers of {what}, since they share the head, got "
+            f"{distinct}"
+        )
+    return distinct[0]
+
+
+def _per_level(values: Sequence[Sequence[float]], num_levels: int, key: str) -> tuple[tuple[float, ...], ...]:
+    if len(values) not in (1, num_levels):
+        raise ConfigError(
+            f"MODEL.ANCHOR_GENERATOR.{key}: expected one entry, or one for each of the {num_levels} levels of "
+            f"MODEL.RPN.IN_FEATURES, got {values}"
+        )
+    return tuple(tuple(level) for level in values) * (num_levels // len(values))
+
+
+def build_criterion(cfg: CfgNode) -> AnchorCriterion:
+    """Sampler and losses that ``MODEL.GROUP_SAMPLING`` and ``MODEL.RPN`` describe.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    rpn = cfg.MODEL.RPN
+    check_values(cfg, {"MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES}, "these are the losses of the paper")
+    return AnchorCriterion(
+        build_anchor_sampler(cfg), box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA
+    )
+
+
+def build_train_transform(cfg: CfgNode) -> TrainTransform:
+    return TrainTransform(
+        scales=tuple(cfg.INPUT.SCALE_JITTER),
+        crop_size=tuple(cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else (2**31, 2**31),
+        flip_prob=0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+        min_visible=cfg.INPUT.MIN_VISIBLE,
+    )
+
+
+def build_test_transform(cfg: CfgNode) -> TestTransform:
+    """The resize of the images of a test; with ``TEST.PYRAMID`` they keep their size, since the pyramid resizes."""
+    if cfg.TEST.PYRAMID.SCALES:
+        return TestTransform(0, 0)
+    return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def build_pyramid(cfg: CfgNode) -> ImagePyramid:
+    """The image pyramid of ``TEST.PYRAMID``.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    pyramid = cfg.TEST.PYRAMID
+    try:
+        return ImagePyramid(
+            TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+            pyramid.SCALES,
+            flip=pyramid.FLIP,
+            max_side=pyramid.MAX_SIDE,
+            tile_overlap=pyramid.TILE_OVERLAP,
+            nms_thresh=cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
+            vote_thresh=pyramid.VOTE_THRESH,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+    except ValueError as error:
+        raise ConfigError(f"TEST.PYRAMID: {error}") from None
+
+
+def load_records(cfg: CfgNode, names: Sequence[str]) -> list[ImageRecord]:
+    """The images of several data sets, one after the other."""
+    catalog = Catalog(cfg.DATASETS)
+    return [record for name in names for record in catalog[name].records]
+
+
+def build_training_loader(
+    cfg: CfgNode, records: Sequence[ImageRecord], to_example: ToExample, *, start_iter: int = 0
+) -> TrainLoader:
+    """The training loader of both engines; iteration i of a run has the same images whether it was resumed or not.
+
+    Args:
+        records: the images of ``DATASETS.TRAIN``.
+        to_example: what the engine makes of an image.
+
+    Raises:
+        ConfigError: there is nothing to train on, or the data does not fit the heads or the number of processes.
+    """
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = filter_empty(records)
+    if not records:
+        raise ConfigError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image to train on")
+    num_classes = 1 + max((int(record.classes.max()) for record in records if len(record.classes)), default=-1)
+    if cfg.MODEL.ROI_HEADS.NAME != SINGLE_STAGE_HEADS and num_classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but DATASETS.TRAIN "
+            f"{tuple(cfg.DATASETS.TRAIN)} has boxes of {num_classes} classes"
+        )
+    world_size = distributed.world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {world_size} processes, got {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    return build_train_loader(
+        records,
+        build_train_transform(cfg),
+        to_example,
+        seed=cfg.SEED,
+        images_per_batch=cfg.SOLVER.IMS_PER_BATCH // world_size,
+        rank=distributed.rank(),
+        world_size=world_size,
+        start_batch=start_iter,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
+    )
+
+
+def non_finite_loss(iteration: int, losses: Mapping[str, Tensor], files: Sequence[str | None]) -> FloatingPointError:
+    """The error of a step whose loss is not finite in this or another process.
+
+    Args:
+        losses: of this process.
+        files: the images of this process's batch.
+    """
+    values = {name: loss.item() for name, loss in losses.items()}
+    where = "another process" if all(map(math.isfinite, values.values())) else "this process"
+    return FloatingPointError(
+        f"iteration {iteration}: the loss of {where} is not finite. No weight was changed. The losses of this process "
+        f"are {values}, its images {list(files)}"
+    )

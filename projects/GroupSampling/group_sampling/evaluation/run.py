@@ -1,0 +1,253 @@
+"""Evaluation of a detector on a data set, for both engines: in several processes, and resumable."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from .. import distributed
+from ..config import anchor_scales
+from ..data.catalog import Source
+from ..data.fddb import read_annotations
+from ..data.records import ImageRecord
+from ..detections import Detections
+from ..version import __version__
+from . import CocoAP, WiderFaceAP, write_predictions
+from .fddb import roc as fddb
+from .fddb.files import write_fddb_predictions
+from .resume import PartialDetections
+from .wider_face.ground_truth import find_official_ground_truth
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """One pass of a detector over a data set.
+
+    Every process detects on the images of :attr:`share` and passes what it found to :meth:`add`; the main process
+    scores all of it in :meth:`finish`. Until the results are written, finished images are kept in
+    ``OUTPUT_DIR/inference/<data set>/partial``, so that any number of processes can continue an interrupted evaluation.
+
+    All processes have to construct it and to call :meth:`finish` together.
+
+    Args:
+        source: the data set.
+        model: saved detections are reused only if they were made with these weights. None: nothing is saved.
+        resume: reuse what an interrupted evaluation of the same weights, configuration and images has finished.
+            Otherwise its files are removed.
+
+    Attributes:
+        share: the images that this process has to look at.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        source: Source,
+        model: nn.Module | None,
+        *,
+        resume: bool,
+    ) -> None:
+        self._cfg = cfg
+        self._source = source
+        self._detections: dict[str, Detections] = {}
+        self._partial: PartialDetections | None = None
+        name, records = source.name, source.records
+        if model is not None:
+            self._partial = PartialDetections(
+                os.path.join(_folder(cfg, name), "partial"), _fingerprint(cfg, name, records, model)
+            )
+        if self._partial and distributed.rank() == 0:
+            if resume:
+                self._detections = self._partial.read()
+                if self._detections:
+                    logger.info(
+                        f"{name}: continuing an interrupted evaluation, which has finished {len(self._detections)} of "
+                        f"{len(records)} images"
+                    )
+            elif self._partial.exist():
+                logger.info(f"{name}: starting from the first image; --resume would continue an interrupted evaluation")
+            if not self._detections:
+                self._partial.remove()
+        # Rank 0 decides and broadcasts, because ranks may see the folder at different moments; and no rank writes
+        # before rank 0 has removed what is outdated.
+        done = set(distributed.broadcast(list(self._detections)))
+        todo = [record for record in records if record.image_id not in done]
+        self.share = todo[distributed.rank() :: distributed.world_size()]
+
+    def add(self, image_id: str, detections: Detections) -> None:
+        """Note what was found in an image."""
+        self._detections[image_id] = detections
+        if self._partial:
+            self._partial.add(image_id, detections)
+
+    def finish(self) -> dict[str, dict[str, float]] | None:
+        """Score the detections of all processes and write the results, see :func:`evaluate_detections`.
+
+        Returns:
+            The metrics on the main process, None elsewhere.
+        """
+        if self._partial:
+            self._partial.write()
+        gathered = distributed.gather(self._detections)
+        if distributed.rank() != 0:
+            return None
+        found = {image_id: detections for share in gathered for image_id, detections in share.items()}
+        # In the order of the data set, whoever found them: results do not depend on the number of processes.
+        ids = [record.image_id for record in self._source.records]
+        detections = {image_id: found[image_id] for image_id in ids if image_id in found}
+        results = evaluate_detections(self._cfg, self._source, detections)
+        if self._partial:
+            self._partial.remove()
+        return results
+
+
+def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, dict[str, float]]:
+    """Score a data set's detections and write results, detections and PR curves under ``OUTPUT_DIR/inference``.
+
+    A data set in COCO's format gets COCO's average precision, and with a single class that of WIDER FACE as well; FDDB
+    gets its ROC; every other one the average precision of WIDER FACE.
+
+    Args:
+        detections: by image id; images without an entry count as empty.
+
+    Returns:
+        Metrics in percent by protocol. "wider_face": ``AP_all``, ``AP@16``, ..., with the official files also
+        ``AP_easy``, ``AP_medium`` and ``AP_hard``. "coco": ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``,
+        ``AR``, and ``AP-<class>`` where there are several classes. "fddb": ``discrete@n`` and ``continuous@n``, the
+        true positive rates at n = 200, 500 and 1,000 false positives, and with ``_fitted`` those of ellipses.
+    """
+    dataset_name, records = source.name, source.records
+    missing = len(records) - len(detections)
+    if missing:
+        logger.warning(f"{dataset_name}: {missing} of {len(records)} images were not looked at and count as empty")
+    results = {}
+    protocol, paths = source.protocol, source.paths
+    if protocol == "fddb":
+        results["fddb"] = _evaluate_fddb(cfg, dataset_name, *paths, detections)
+    if protocol == "coco":
+        results["coco"] = _evaluate_coco(cfg, dataset_name, paths[0], detections)
+    if protocol == "wider_face" or (protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1):
+        results["wider_face"] = _evaluate_wider_face(cfg, source, detections)
+    return results
+
+
+def _evaluate_wider_face(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, float]:
+    dataset_name, records = source.name, source.records
+    scales = anchor_scales(cfg)
+    ground_truth = _official_ground_truth(cfg, source)
+    if ground_truth:
+        metric = WiderFaceAP.from_official(ground_truth, scales=scales)
+    else:
+        metric = WiderFaceAP.from_records(records, scales=scales)
+    for image_id, found in detections.items():
+        metric.update(image_id, found.boxes, found.scores, found.anchor_scales)
+    result = metric.compute()
+
+    folder = _folder(cfg, dataset_name)
+    for image_id, found in detections.items():
+        write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores)
+    result.to_json(os.path.join(folder, "results.json"))
+    result.plot(os.path.join(folder, "pr_curves.png"))
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
+    return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}
+
+
+def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:
+    """The folder that ``TEST.WIDER_GROUND_TRUTH`` names or, with "auto", that lies with the data set; else nothing."""
+    if cfg.TEST.WIDER_GROUND_TRUTH != "auto":
+        return cfg.TEST.WIDER_GROUND_TRUTH
+    if source.name != "wider_face_val":  # Easy, Medium and Hard are of the whole validation set
+        return None
+    annotations = source.paths[0]  # WIDER_FACE/wider_face_split/...
+    dataset = os.path.dirname(os.path.dirname(annotations))
+    folder = find_official_ground_truth(dataset)
+    if folder is None:
+        logger.info(f"{source.name}: no Easy, Medium and Hard, since {dataset}/ground_truth has no official files")
+    return folder
+
+
+def _evaluate_coco(
+    cfg: CfgNode, dataset_name: str, annotations: str, detections: dict[str, Detections]
+) -> dict[str, float]:
+    metric = CocoAP.from_file(annotations, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
+    for image_id, found in detections.items():
+        metric.update(image_id, found.boxes, found.scores, found.classes)
+    result = metric.compute()
+
+    folder = _folder(cfg, dataset_name)
+    metric.write_detections(os.path.join(folder, "coco_instances_results.json"))
+    result.to_json(os.path.join(folder, "coco_results.json"))
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
+    values = dict(result.metrics)
+    if len(result.class_ap) > 1:
+        values.update({f"AP-{name}": ap for name, ap in result.class_ap.items()})
+    return {name: 100 * value for name, value in values.items()}
+
+
+def _evaluate_fddb(
+    cfg: CfgNode, dataset_name: str, annotations: str, image_root: str, detections: dict[str, Detections]
+) -> dict[str, float]:
+    images = read_annotations(annotations, image_root)
+    metric = fddb.FDDBRoc(images)
+    for image_id, found in detections.items():
+        metric.update(image_id, found.boxes, found.scores)
+    results = {"rectangles": metric.compute("none")}
+    try:
+        results["fitted ellipses"] = metric.compute("fitted")
+    except ValueError as error:
+        logger.warning(f"{dataset_name}: {error}")
+
+    folder = _folder(cfg, dataset_name)
+    boxes_and_scores = {image_id: (found.boxes, found.scores) for image_id, found in detections.items()}
+    write_fddb_predictions(os.path.join(folder, "predictions"), images, boxes_and_scores)
+    fddb.write_json(os.path.join(folder, "results.json"), results)
+    fddb.plot(os.path.join(folder, "roc.png"), results)
+    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{fddb.table(results)}")
+    rates = {}
+    for suffix, result in zip(("", "_fitted"), results.values()):
+        for number in fddb.OPERATING_POINTS:
+            discrete, continuous = result.at(number)
+            rates[f"discrete@{number}{suffix}"] = 100 * discrete
+            rates[f"continuous@{number}{suffix}"] = 100 * continuous
+    return rates
+
+
+def _folder(cfg: CfgNode, dataset_name: str) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+
+
+def _fingerprint(cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], model: nn.Module) -> str:
+    """Digest of all that detections depend on: weights, configuration, images, and the versions of the code."""
+    module = getattr(model, "module", model)  # within DistributedDataParallel
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        digest.update(json.dumps(value).encode())
+
+    add([__version__, torch.__version__, f"{type(module).__module__}.{type(module).__qualname__}", dataset_name])
+    config = cfg.clone()
+    config.defrost()
+    config.MODEL.WEIGHTS = ""  # a name; the weights themselves follow
+    add([config.MODEL.dump(), config.INPUT.dump(), config.TEST.dump()])
+    for record in records:
+        add([record.image_id, record.file_name, record.height, record.width, _file_state(record.file_name)])
+    for name, value in module.state_dict().items():
+        add([name, str(value.dtype), list(value.shape)])
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _file_state(file_name: str) -> tuple[int, int] | None:
+    """Size and time of the last change; None for an image that is not a file."""
+    try:
+        state = os.stat(file_name)
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns

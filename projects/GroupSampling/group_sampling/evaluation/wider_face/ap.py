@@ -1,0 +1,460 @@
+"""Average precision by the WIDER FACE protocol: Easy, Medium, Hard, All and per anchor scale (paper, Sec. 6.1)."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ...files import write_atomically
+from .ground_truth import read_official_ground_truth
+
+Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]  # recall and precision at each threshold
+
+# Pairs of a detection and a face whose IoU is computed at once: bounds memory, and the temporaries stay in the cache.
+_PAIRS_PER_BLOCK = 1 << 15
+# Beyond any image, and far from where areas overflow.
+_MAX_COORDINATE = 1e9
+
+
+class _Detections(NamedTuple):
+    """Detections of one image."""
+
+    scores: NDArray[np.float64]
+    taken: NDArray[np.int32]  # index of the face that each takes, or the code of none
+    scale_ids: NDArray[np.int8]  # index into the scales, -1 without anchor_scales
+    size_ids: NDArray[np.int8]  # index of the scale nearest to the box
+
+
+_NO_DETECTIONS = _Detections(
+    np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int8)
+)
+
+
+@dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
+class WiderFaceResult:
+    """Outcome of :meth:`WiderFaceAP.compute`. Subsets come in the order in which they are reported.
+
+    Attributes:
+        ap: average precision in [0, 1] of each subset; nan where the subset has no face.
+        curves: (recall, precision) of each subset, float64 of shape (num_thresholds,), from the highest score threshold
+            to the lowest; precision is nan where nothing was detected, recall is nan where the subset has no face.
+        num_faces: faces counted in each subset.
+        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all (of which an
+            unmatched one of another size does not count in ``"size s"``).
+        counts: ``images``, ``faces`` (ignored ones included), ``detections``, ``images_without_predictions``,
+            ``images_without_faces`` (no box at all, not even an ignored one) and ``detections_without_faces`` on them.
+        iou_thresh: IoU from which a detection takes a face.
+    """
+
+    ap: dict[str, float]
+    curves: dict[str, Curve]
+    num_faces: dict[str, int]
+    num_detections: dict[str, int]
+    counts: dict[str, int]
+    iou_thresh: float
+
+    def table(self) -> str:
+        """Aligned text table, a line per subset: AP in percent (``n/a`` without a face), faces and detections."""
+        width = max(len("subset"), *map(len, self.ap))
+        lines = [f"{'subset':<{width}}  AP (%)    faces  detections"]
+        for name, ap in self.ap.items():
+            percent = "n/a" if math.isnan(ap) else f"{100 * ap:.2f}"
+            counts = f"{self.num_faces[name]:>7}  {self.num_detections[name]:>10}"
+            lines.append(f"{name.capitalize():<{width}}  {percent:>6}  {counts}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the curves, for JSON; an undefined AP becomes None."""
+        return {
+            "protocol": "WIDER FACE",
+            "iou_thresh": self.iou_thresh,
+            "ap": {name: None if math.isnan(ap) else ap for name, ap in self.ap.items()},
+            "num_faces": self.num_faces,
+            "num_detections": self.num_detections,
+            "counts": self.counts,
+        }
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write :meth:`as_dict` as JSON, atomically."""
+        write_atomically(path, (json.dumps(self.as_dict(), indent=2) + "\n").encode())
+
+    def plot(self, path: str | os.PathLike, title: str = "WIDER FACE") -> None:
+        """Draw the precision-recall curves, atomically; the suffix gives the format of the image (PNG without one)."""
+        from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
+
+        figure = Figure(figsize=(8.5, 6), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        for index, (name, (recall, precision)) in enumerate(self.curves.items()):
+            ap = "n/a" if math.isnan(self.ap[name]) else f"{100 * self.ap[name]:.1f}"
+            style = "--" if name.startswith("@") else "-"
+            axes.plot(recall, precision, style, color=f"C{index}", label=f"{name.capitalize()} (AP {ap})")
+            axes.plot(recall[-1:], precision[-1:], "o", color=f"C{index}", markersize=4)  # a curve may be one point
+        axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="Recall", ylabel="Precision", title=title)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper")  # beside the axes: the curve of a poor detector may be anywhere
+        image = io.BytesIO()
+        figure.savefig(image, format=Path(path).suffix[1:] or "png")
+        write_atomically(path, image.getvalue())
+
+
+class WiderFaceAP:
+    """Average precision by the WIDER FACE protocol, fed image by image.
+
+    The protocol, as its authors published it in MATLAB: scores are min-max normalised over the whole result set. In an
+    image, by descending score, each detection takes the face with the highest IoU (the first one on a tie), computed on
+    pixels inclusive of both ends (the "+1" of width and height), if that IoU reaches ``iou_thresh``. When that face is
+    not counted in the subset, the detection is left out; when it was taken before, the detection is a false positive.
+    Precision and recall are read at the ``num_thresholds`` scores 1 - t / num_thresholds, and AP is the area under the
+    precision envelope.
+
+    A detection takes its face whatever the others took, so what is detected above a threshold does not depend on the
+    order of equal scores, and needs no sorting: the best score of a face decides from which threshold on it is found.
+
+    Subsets, in the order of the result:
+
+    - those of ``subsets`` (Easy, Medium and Hard of the official ground truth): the faces that the subset keeps count,
+      all others are ignore regions. As in the published code, an image without any annotated box takes no part.
+    - ``"all"``: every face counts that is neither ignored nor empty. Detections in an image without any box are false
+      positives. (WIDER FACE annotates a face-less image with one box 0 0 0 0, so they are there as well; a parser
+      that drops such boxes changes nothing.)
+    - ``"@s"`` for each s of ``scales``: AP of one anchor scale on All. Detections with ``anchor_scales == s`` take
+      part, faces count whose √(w·h) is nearest to s in log scale among ``scales`` (the smaller one on a tie), the other
+      faces are ignore regions. Scores keep the normalisation of the whole set: a threshold is the same score in every
+      curve. Reported when the updates give ``anchor_scales``. With a single scale it equals ``"all"``.
+    - ``"size s"`` for each s of ``scales``, with ``by_size``: AP of one range of face sizes on All, for detections that
+      do not say which anchor produced them. Faces count as for ``"@s"`` and the others are ignore regions; a detection
+      without a face counts by its own √(w·h), as COCO has it for its area ranges. Not the paper's @s: there, a face
+      that another scale's anchors detect is missed.
+
+    Memory: 14 bytes a detection, and about four times as much for the moment of ``compute``.
+
+    Args:
+        boxes: (m, 4) XYXY of the annotated faces of every image, by image id, in pixels; m may be 0. An empty or
+            inverted box never counts in ``"all"`` and ``"@s"``.
+        ignore: (m,) bool by image id, faces that are ignore regions; images that are missing here have none.
+        subsets: for each named subset, (m,) bool by image id, the faces that it keeps; ignored faces never count.
+        scales: anchor scales in pixels, ascending.
+        by_size: report ``"size s"``.
+        iou_thresh: in (0, 1].
+        num_thresholds: number of score thresholds, at least 1.
+
+    Raises:
+        ValueError: an argument is out of range, or names an image that ``boxes`` lacks; the message says which.
+    """
+
+    def __init__(
+        self,
+        boxes: Mapping[str, ArrayLike],
+        *,
+        ignore: Mapping[str, ArrayLike] | None = None,
+        subsets: Mapping[str, Mapping[str, ArrayLike]] | None = None,
+        scales: Sequence[float] = (16, 32, 64, 128),
+        by_size: bool = False,
+        iou_thresh: float = 0.5,
+        num_thresholds: int = 1000,
+    ) -> None:
+        if not 0 < iou_thresh <= 1:
+            raise ValueError(f"iou_thresh must be in (0, 1], got {iou_thresh}")
+        if num_thresholds < 1:
+            raise ValueError(f"num_thresholds must be at least 1, got {num_thresholds}")
+        self._scales = np.asarray(scales, dtype=np.float64)
+        if self._scales.ndim != 1 or len(self._scales) == 0 or not (np.diff(self._scales, prepend=0) > 0).all():
+            raise ValueError(f"scales must be positive and ascending, at least one, got {list(scales)}")
+        self._by_size = by_size
+        self._iou_thresh = float(iou_thresh)
+        self._num_thresholds = int(num_thresholds)
+
+        self._boxes = {image: _as_boxes(value, f"ground truth of image {image!r}") for image, value in boxes.items()}
+        sizes = {image: len(value) for image, value in self._boxes.items()}
+        ends = np.cumsum([0, *sizes.values()])
+        self._first_face = dict(zip(self._boxes, ends[:-1].tolist()))
+        self._num_faces = int(ends[-1])
+        faces = np.concatenate([np.empty((0, 4)), *self._boxes.values()])
+        valid = ~_as_flags(ignore or {}, sizes, "ignore", required=False)
+
+        self._counted: dict[str, NDArray[np.bool_]] = {}
+        for name, keep in (subsets or {}).items():
+            if name == "all" or name.startswith("@"):
+                raise ValueError(f"subsets: the name {name!r} is taken")
+            self._counted[name] = _as_flags(keep, sizes, f"subset {name!r}", required=True) & valid
+        width, height = faces[:, 2] - faces[:, 0], faces[:, 3] - faces[:, 1]
+        self._counted["all"] = valid & (width > 0) & (height > 0)
+        self._face_scale = self._nearest_scale(width * height)
+
+        self._background = self._num_faces
+        self._no_face_in_image = self._num_faces + 1
+        self._updates: dict[str, _Detections] = {}
+        self._with_scales: bool | None = None  # None until an update tells
+
+    @classmethod
+    def from_records(cls, records: Iterable[Any], **options: Any) -> "WiderFaceAP":
+        """Build from annotated images: objects with ``image_id``, ``boxes`` (m, 4) XYXY and ``ignore`` (m,) bool.
+
+        ``options`` are the keyword arguments of the constructor. No Easy, Medium and Hard.
+
+        Raises:
+            ValueError: two records share an ``image_id``, or as the constructor.
+        """
+        boxes, ignore = {}, {}
+        for record in records:
+            if record.image_id in boxes:
+                raise ValueError(f"two records have the image_id {record.image_id!r}")
+            boxes[record.image_id], ignore[record.image_id] = record.boxes, record.ignore
+        return cls(boxes, ignore=ignore, **options)
+
+    @classmethod
+    def from_official(cls, ground_truth_dir: str | os.PathLike, **options: Any) -> "WiderFaceAP":
+        """Build from the official validation ground truth, with Easy, Medium and Hard.
+
+        Image ids are ``<event>/<file name without extension>``. Faces marked invalid are ignored.
+
+        Args:
+            ground_truth_dir: folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat.
+            options: keyword arguments of the constructor other than ``ignore`` and ``subsets``.
+
+        Raises:
+            FileNotFoundError: one of the files is missing.
+            ValueError: a file is no MATLAB file or not of the published structure; names the file and the field.
+        """
+        boxes, ignore, subsets = read_official_ground_truth(ground_truth_dir)
+        return cls(boxes, ignore=ignore, subsets=subsets, **options)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._boxes)
+
+    def update(
+        self, image_id: str, boxes: ArrayLike, scores: ArrayLike, anchor_scales: ArrayLike | None = None
+    ) -> None:
+        """Add the detections of one image. An image without an update is one without detections.
+
+        Args:
+            image_id: an image of the ground truth.
+            boxes: (k, 4) XYXY in pixels of the annotated image, arrays or CPU tensors; k may be 0. Copied.
+            scores: (k,) finite, any range.
+            anchor_scales: (k,) the anchor scale that produced each detection, one of ``scales``. Given with all images
+                or with none; images without detections may leave it out.
+
+        Raises:
+            ValueError: the image is unknown or was updated before, a shape is wrong, a box is inverted or not finite, a
+                score is not finite, or an anchor scale is none of ``scales``; nothing is added then.
+        """
+        if image_id not in self._boxes:
+            raise ValueError(f"predictions for image {image_id!r}, which is not in the ground truth")
+        if image_id in self._updates:
+            raise ValueError(f"second predictions for image {image_id!r}; an image is updated once")
+        what = f"predictions of image {image_id!r}"
+        boxes = _as_boxes(boxes, what)
+        inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+        if inverted.any():
+            row = int(inverted.argmax())
+            raise ValueError(f"{what}: boxes[{row}] must have x1 <= x2 and y1 <= y2, got {boxes[row].tolist()}")
+        scores = _as_vector(scores, len(boxes), f"{what}: scores")
+        with_scales = self._with_scales
+        if len(boxes) or anchor_scales is not None:
+            with_scales = anchor_scales is not None
+            if self._with_scales not in (None, with_scales):
+                raise ValueError(f"{what}: anchor_scales must be given with all images or with none")
+        if anchor_scales is None:
+            scale_ids = np.full(len(boxes), -1, dtype=np.int8)
+        else:
+            anchor_scales = _as_vector(anchor_scales, len(boxes), f"{what}: anchor_scales")
+            is_scale = anchor_scales[:, None] == self._scales
+            if not is_scale.any(axis=1).all():
+                value = anchor_scales[~is_scale.any(axis=1)][0]
+                raise ValueError(f"{what}: anchor_scales must be among {self._scales.tolist()}, got {value}")
+            scale_ids = is_scale.argmax(axis=1).astype(np.int8)
+
+        faces = self._boxes[image_id]
+        if len(faces):
+            best = _best_face(boxes, faces, self._iou_thresh)
+            taken = np.where(best >= 0, best + self._first_face[image_id], self._background)
+        else:
+            taken = np.full(len(boxes), self._no_face_in_image)
+        size_ids = self._nearest_scale((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.int8)
+        self._updates[image_id] = _Detections(scores, taken.astype(np.int32), scale_ids, size_ids)
+        self._with_scales = with_scales
+
+    def compute(self) -> WiderFaceResult:
+        """Evaluate what was added so far; more updates may follow.
+
+        Raises:
+            ValueError: the scores span more than a double holds.
+        """
+        return self._result(list(self._boxes), self._score_range())
+
+    def compute_by(self, group_of: Callable[[str], str]) -> dict[str, WiderFaceResult]:
+        """Evaluate groups of images on their own, in the order of the ground truth.
+
+        Scores keep the normalisation of the whole set: a threshold is the same score in every group.
+
+        Args:
+            group_of: image id -> name of its group; for the events of WIDER FACE, what stands before the slash.
+
+        Raises:
+            ValueError: as :meth:`compute`.
+        """
+        groups: dict[str, list[str]] = {}
+        for image_id in self._boxes:
+            groups.setdefault(group_of(image_id), []).append(image_id)
+        score_range = self._score_range()
+        return {group: self._result(images, score_range) for group, images in groups.items()}
+
+    def _result(self, images: Sequence[str], score_range: tuple[float, float]) -> WiderFaceResult:
+        updates = [self._updates[image] for image in images if image in self._updates]
+        scores, taken, scale_ids, size_ids = (np.concatenate(parts) for parts in zip(_NO_DETECTIONS, *updates))
+        threshold_ids = self._threshold_ids(scores, score_range)
+        faces = np.zeros(self._num_faces, dtype=bool)
+        for image in images:
+            first = self._first_face[image]
+            faces[first : first + len(self._boxes[image])] = True
+
+        curves, num_faces, num_detections = {}, {}, {}
+        for name, counted in self._counted.items():
+            counted = counted & faces
+            curves[name] = self._curve(threshold_ids, taken, counted, skip_images_without_faces=name != "all")
+            num_faces[name], num_detections[name] = int(counted.sum()), len(scores)
+        of_scale = [self._counted["all"] & faces & (self._face_scale == index) for index in range(len(self._scales))]
+        if self._with_scales:
+            for index, scale in enumerate(self._scales):
+                name, mine, counted = f"@{scale:g}", scale_ids == index, of_scale[index]
+                curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
+                num_faces[name], num_detections[name] = int(counted.sum()), int(mine.sum())
+        if self._by_size:
+            has_face = taken < self._background
+            for index, scale in enumerate(self._scales):
+                name, mine, counted = f"size {scale:g}", has_face | (size_ids == index), of_scale[index]
+                curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
+                num_faces[name], num_detections[name] = int(counted.sum()), int((size_ids == index).sum())
+
+        counts = {
+            "images": len(images),
+            "faces": int(faces.sum()),
+            "detections": len(scores),
+            "images_without_predictions": len(images) - sum(len(update.scores) > 0 for update in updates),
+            "images_without_faces": sum(len(self._boxes[image]) == 0 for image in images),
+            "detections_without_faces": int((taken == self._no_face_in_image).sum()),
+        }
+        ap = {name: area_under_envelope(recall, precision) for name, (recall, precision) in curves.items()}
+        return WiderFaceResult(ap, curves, num_faces, num_detections, counts, self._iou_thresh)
+
+    def _nearest_scale(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Index of the scale that is nearest to √area in log scale, the smaller one on a tie."""
+        # √area is nearer to the larger of two neighbours when area exceeds their product.
+        return np.searchsorted(self._scales[:-1] * self._scales[1:], area, side="left")
+
+    def _score_range(self) -> tuple[float, float]:
+        """Lowest and highest score of the set."""
+        scores = [update.scores for update in self._updates.values() if len(update.scores)]
+        lowest = min((float(s.min()) for s in scores), default=0.0)
+        highest = max((float(s.max()) for s in scores), default=0.0)
+        if math.isinf(highest - lowest):
+            raise ValueError(f"scores from {lowest} to {highest} span more than a double holds")
+        return lowest, highest
+
+    def _threshold_ids(self, scores: NDArray[np.float64], score_range: tuple[float, float]) -> NDArray[np.intp]:
+        """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalised score reaches."""
+        lowest, highest = score_range
+        span = highest - lowest
+        # Equal scores all normalise to 1: with or without them, there is one operating point.
+        normalised = (scores - lowest) / span if span > 0 else np.ones_like(scores)
+        thresholds = 1 - np.arange(1, self._num_thresholds + 1) / self._num_thresholds
+        return self._num_thresholds - np.searchsorted(thresholds[::-1], normalised, side="right")
+
+    def _curve(
+        self,
+        threshold_ids: NDArray[np.intp],
+        taken: NDArray[np.int32],
+        counted: NDArray[np.bool_],
+        *,
+        skip_images_without_faces: bool,
+    ) -> Curve:
+        """Recall and precision at each threshold, for the faces that are counted."""
+        size = self._num_thresholds
+        takes_part = np.concatenate([counted, [True, not skip_images_without_faces]])[taken]
+        detected = np.cumsum(np.bincount(threshold_ids[takes_part], minlength=size))
+
+        first_found = np.full(self._num_faces + 2, size)  # by face: the threshold of its best detection
+        np.minimum.at(first_found, taken, threshold_ids)
+        found = np.cumsum(np.bincount(first_found[: self._num_faces][counted], minlength=size)[:size])
+        with np.errstate(invalid="ignore"):  # 0 / 0: undefined, nan
+            return found / counted.sum(), found / detected
+
+
+def _best_face(detections: NDArray[np.float64], faces: NDArray[np.float64], iou_thresh: float) -> NDArray[np.intp]:
+    """(k,) index of the face with the highest IoU, the first one on a tie, or -1 where no IoU reaches ``iou_thresh``.
+
+    The IoU of the protocol: width = x2 - x1 + 1. Boxes whose width or height comes out below 0 overlap nothing.
+    """
+    best = np.empty(len(detections), dtype=np.intp)
+    face_x1, face_y1, face_x2, face_y2 = np.ascontiguousarray(faces.T)[:, None]
+    face_area = np.maximum(face_x2 - face_x1 + 1, 0) * np.maximum(face_y2 - face_y1 + 1, 0)
+    step = max(1, _PAIRS_PER_BLOCK // len(faces))
+    for start in range(0, len(detections), step):
+        x1, y1, x2, y2 = np.ascontiguousarray(detections[start : start + step].T)[:, :, None]
+        width = np.minimum(x2, face_x2) - np.maximum(x1, face_x1) + 1
+        height = np.minimum(y2, face_y2) - np.maximum(y1, face_y1) + 1
+        intersection = np.maximum(width, 0) * np.maximum(height, 0)
+        iou = intersection / ((x2 - x1 + 1) * (y2 - y1 + 1) + face_area - intersection)
+        best[start : start + step] = np.where(iou.max(axis=1) >= iou_thresh, iou.argmax(axis=1), -1)
+    return best
+
+
+def area_under_envelope(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
+    """Area under the precision envelope; nan without faces."""
+    if np.isnan(recall).any():
+        return math.nan
+    recall = np.concatenate([[0], recall, [1]])
+    precision = np.concatenate([[0], np.nan_to_num(precision), [0]])
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall) * envelope[1:]))
+
+
+def _as_boxes(value: ArrayLike, what: str) -> NDArray[np.float64]:
+    """Copy to a (k, 4) float64 array; an empty value of any shape gives (0, 4)."""
+    boxes = np.array(value, dtype=np.float64)
+    if boxes.size == 0:
+        return np.empty((0, 4))
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{what}: boxes must have shape (k, 4), got {boxes.shape}")
+    bad = ~(np.abs(boxes) < _MAX_COORDINATE).all(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        limit = f"finite and below {_MAX_COORDINATE:g}"
+        raise ValueError(f"{what}: boxes[{row}] must be {limit}, got {boxes[row].tolist()}")
+    return boxes
+
+
+def _as_vector(value: ArrayLike, size: int, what: str) -> NDArray[np.float64]:
+    vector = np.array(value, dtype=np.float64)
+    if vector.shape != (size,):
+        raise ValueError(f"{what} must have shape ({size},), one per box, got {vector.shape}")
+    finite = np.isfinite(vector)
+    if not finite.all():
+        raise ValueError(f"{what} must be finite, got {vector[~finite][0]} at [{int((~finite).argmax())}]")
+    return vector
+
+
+def _as_flags(
+    flags: Mapping[str, ArrayLike], sizes: Mapping[str, int], what: str, *, required: bool
+) -> NDArray[np.bool_]:
+    """The flags of all images in the order of ``sizes``; False for images without any, unless they are required."""
+    unknown = next((image for image in flags if image not in sizes), None)
+    if unknown is not None:
+        raise ValueError(f"{what}: image {unknown!r} is not in boxes")
+    parts = [np.empty(0, dtype=bool)]
+    for image, size in sizes.items():
+        if image not in flags and required:
+            raise ValueError(f"{what}: image {image!r} is missing")
+        part = np.asarray(flags[image] if image in flags else np.zeros(size, dtype=bool)).astype(bool)
+        if part.shape != (size,):
+            raise ValueError(f"{what}: image {image!r} must have {size} flags, one per box, got shape {part.shape}")
+        parts.append(part)
+    return np.concatenate(parts)

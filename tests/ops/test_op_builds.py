@@ -136,10 +136,17 @@ for name in ("pairwise_iou", "match_anchors", "match_anchor_grid", "sample_group
     assert done.returncode == 0, done.stderr
 
 
-# Most registers and bytes of shared memory of a kernel: 128 threads with 128 registers let four blocks share a
-# multiprocessor of sm_75, whose 64 KB of shared memory then hold four times 16 KB. Parameters fit the 4 KB that any
-# driver takes.
-MAX_REGISTERS = {"tile_kernel": 112, "dense_kernel": 72, "prepare_kernel": 88, "iou_kernel": 64, "": 64}
+# Most registers of a kernel's thread, and bytes of a block's shared memory: two blocks of 256 threads that match tiles,
+# or one of 512 that draw, fit the 65,536 registers of any multiprocessor, and four blocks the 64 KB of shared memory of
+# sm_75. Parameters fit the 4 KB that any driver takes.
+MAX_REGISTERS = {
+    "tile_kernel": 112,
+    "dense_kernel": 72,
+    "draw_kernel": 72,
+    "prepare_kernel": 88,
+    "iou_kernel": 64,
+    "": 64,
+}
 MAX_SHARED_BYTES, MAX_PARAMETER_BYTES = 16384, 4096
 
 

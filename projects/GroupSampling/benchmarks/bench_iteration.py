@@ -41,6 +41,7 @@ from bench_matcher import (
     version_of,
 )
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from group_sampling.env import ENGINES
 from group_sampling.files import write_atomically
@@ -120,8 +121,8 @@ class Observer:
             synchronize(self.device)
             self.stages["update"].append(time.perf_counter() - started.pop())
 
-        torch.optim.optimizer.register_optimizer_step_pre_hook(begin)
-        torch.optim.optimizer.register_optimizer_step_post_hook(end)
+        register_optimizer_step_pre_hook(begin)
+        register_optimizer_step_post_hook(end)
 
     def timed(self, stage, function):
         def call(*args, **kwargs):

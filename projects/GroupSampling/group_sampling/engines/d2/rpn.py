@@ -127,7 +127,7 @@ class GroupSamplingRPN(RPN):
         if self.training and gt_instances is None:
             raise ValueError("GroupSamplingRPN needs gt_instances while training")
         if self.training and self.single_stage and isinstance(self.rpn_head, head.SoftmaxRPNHead):
-            predict = self.rpn_head.predictor(features)
+            predict = self.rpn_head.predictor(features, grid)
             losses = self._losses(grid, predict, gt_instances, ignore_boxes)
             return [Instances(size) for size in images.image_sizes], losses
 

@@ -144,7 +144,7 @@ class GroupSamplingRPN(RPN):
         if self.training and gt_instances is None:
             raise ValueError("GroupSamplingRPN: expected gt_instances while training, got None")
         if self.training and self.single_stage and isinstance(self.rpn_head, head.SoftmaxRPNHead):
-            losses = self._losses(grid, self.rpn_head.predictor(features), gt_instances)
+            losses = self._losses(grid, self.rpn_head.predictor(features, grid), gt_instances)
             return [Instances(size) for size in images.image_sizes], losses
 
         logits, deltas = flatten_predictions(*self.rpn_head(features))

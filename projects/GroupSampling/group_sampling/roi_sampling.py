@@ -9,6 +9,7 @@ from torch import Tensor
 from . import distributed
 from .criterion import count_by_scale
 from .ops import match_anchors, sample_groups
+from .scales import scale_borders
 
 ROI_SAMPLERS = ("uniform", "group")
 
@@ -72,13 +73,9 @@ class ProposalSampler:
         self._match_options = {"pos_iou": pos_iou, "neg_iou": neg_iou, "second_pass": "none", "ignore_ioa": ignore_ioa}
 
     def scale_ids(self, boxes: Tensor) -> Tensor:
-        """(n,) int64: of each of the (n, 4) boxes the index of the nearest scale, the smaller one of two equally near.
-
-        √area is nearer to s than to t > s, in log scale, where area < s · t.
-        """
+        """(n,) int64 index of the scale nearest to each of the (n, 4) boxes, the smaller one on a tie."""
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        borders = [small * large for small, large in zip(self.scales, self.scales[1:])]
-        return torch.bucketize(area, area.new_tensor(borders))
+        return torch.bucketize(area, area.new_tensor(scale_borders(self.scales)))
 
     @torch.no_grad()
     def __call__(

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from group_sampling.config import ConfigError, get_value
 from group_sampling.engines.tv.config import load_config
-from group_sampling.experiments import jobs
+from group_sampling.experiments import jobs, reproduction
+from group_sampling.experiments.paper import EXPERIMENTS, TABLE_SAMPLES, Experiment, Row
+from group_sampling.experiments.reproduction import COUNT_DIVISORS, scale_opts
 
 TOOLS = Path(__file__).resolve().parents[2] / "projects/GroupSampling/tools"
 sys.path.insert(0, str(TOOLS))
@@ -42,9 +45,9 @@ results.parent.mkdir(parents=True)
 results.write_text(json.dumps({"ap": {"all": ap, "@16": ap / 2, "@128": None}}))
 """
 
-EXPERIMENT = reproduce.Experiment(
+EXPERIMENT = Experiment(
     "Table 1: two rows",
-    (reproduce.Row("uniform", "fpn_finest"), reproduce.Row("group", "fpn_finest_sampling")),
+    (Row("uniform", "fpn_finest"), Row("group", "fpn_finest_sampling")),
     (("fpn_finest_sampling", "fpn_finest", "above"),),
 )
 
@@ -54,7 +57,8 @@ def stand_in(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(reproduce, "TRAIN_NET", script)
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {**reproduce.EXPERIMENTS, "table1": EXPERIMENT, "table4": EXPERIMENT})
+    monkeypatch.setitem(EXPERIMENTS, "table1", EXPERIMENT)
+    monkeypatch.setitem(EXPERIMENTS, "table4", EXPERIMENT)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
 
     def set_up(fail=()):
@@ -137,20 +141,20 @@ def test_report_of_what_is_there(tmp_path, stand_in):
 
 def test_other_settings_are_refused(tmp_path, stand_in):
     run(tmp_path, "--table", 1)
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="expected a run with the settings"):
         run(tmp_path, "--table", 1, opts=["SOLVER.MAX_ITER", "7"])
     assert len(calls(tmp_path)) == 2
 
 
 def test_missing_config_is_named(tmp_path, stand_in, monkeypatch):
-    absent = reproduce.Experiment("x", (reproduce.Row("x", "table9/absent"),), ())
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "table1", absent)
+    absent = Experiment("x", (Row("x", "table9/absent"),), ())
+    monkeypatch.setitem(EXPERIMENTS, "table1", absent)
     with pytest.raises(ConfigError, match=r"table9/absent\.yaml"):
         run(tmp_path, "--table", 1)
 
 
 def test_figure_2_needs_no_training(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(reproduce, "DETECTORS", EXPERIMENT.rows)
+    monkeypatch.setattr(reproduction, "DETECTORS", EXPERIMENT.rows)
     run(tmp_path, "--figure", 2, "--seeds", 2, opts=["DATASETS.SYNTHETIC.NUM_TRAIN", "6"])
     assert not calls(tmp_path)
     report = (tmp_path / "out/tiny/report.md").read_text()
@@ -159,35 +163,35 @@ def test_figure_2_needs_no_training(tmp_path, stand_in, monkeypatch):
 
 
 def test_wider_leaves_the_configs_as_they_are():
-    assert reproduce.scale_opts("fpn_finest", "wider") == []
+    assert scale_opts(reproduce.CONFIGS, "fpn_finest", "wider") == []
 
 
-@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_row_exists_and_scales(name):
-    for row in reproduce.EXPERIMENTS[name].rows:
+    for row in EXPERIMENTS[name].rows:
         file = str(reproduce.CONFIGS / f"{row.config}.yaml")
         full = load_config(file, ["MODEL.DEVICE", "cpu"])
-        tiny = load_config(file, reproduce.scale_opts(row.config, "tiny"))
-        for key, divisor in reproduce.COUNT_DIVISORS.items():
+        tiny = load_config(file, scale_opts(reproduce.CONFIGS, row.config, "tiny"))
+        for key, divisor in COUNT_DIVISORS.items():
             assert get_value(tiny, key) == get_value(full, key) // divisor
-    configs = {row.config for row in reproduce.EXPERIMENTS[name].rows}
-    assert all({a, b} <= configs for a, b, _ in reproduce.EXPERIMENTS[name].comparisons)
+    configs = {row.config for row in EXPERIMENTS[name].rows}
+    assert all({a, b} <= configs for a, b, _ in EXPERIMENTS[name].comparisons)
 
 
 def test_figure_4_takes_the_rows_of_table_1_for_the_tables_number_of_samples():
     for detector in ("fpn", "fpn_finest", "fpn_finest_sampling"):
-        names = (detector, f"figure4/{detector}_n{reproduce.TABLE_SAMPLES}")
+        names = (detector, f"figure4/{detector}_n{TABLE_SAMPLES}")
         cfgs = [
             load_config(str(reproduce.CONFIGS / f"{n}.yaml"), ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", ""]) for n in names
         ]
         assert cfgs[0] == cfgs[1]
-        assert detector in {row.config for row in reproduce.EXPERIMENTS["figure4"].rows}
+        assert detector in {row.config for row in EXPERIMENTS["figure4"].rows}
 
 
 def test_paper_values_are_of_rows():
-    paper = reproduce.yaml.safe_load(reproduce.PAPER.read_text())
+    paper = yaml.safe_load(reproduce.PAPER.read_text())
     for name, rows in paper.items():
-        assert set(rows) <= {row.config for row in reproduce.EXPERIMENTS[name].rows}
+        assert set(rows) <= {row.config for row in EXPERIMENTS[name].rows}
         assert all(0 < value < 100 for values in rows.values() for value in values.values())
 
 

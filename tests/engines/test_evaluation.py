@@ -289,10 +289,10 @@ def test_coco_format_on_both_engines(tmp_path):
     wider = WiderFaceAP.from_records(records)
     for record in records:
         found = found_in(record)
-        boxes = found.boxes.clip(0, [160, 120, 160, 120])
-        coco.update(record.image_id, boxes, found.scores, found.classes)
-        wider.update(record.image_id, boxes, found.scores, found.anchor_scales)
-    expected = {f"coco/{name}": 100 * value for name, value in coco.compute().metrics.items()}
+        found = found._replace(boxes=found.boxes.clip(0, [160, 120, 160, 120]))
+        coco.update(record.image_id, found)
+        wider.update(record.image_id, found)
+    expected = {f"coco/{name}": value for name, value in coco.compute().metrics().items()}
     assert 0 < expected["coco/AP"] < 100
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
     assert metrics["wider_face/AP_all"] == pytest.approx(100 * wider.compute().ap["all"])
@@ -334,8 +334,8 @@ def test_predictions_are_a_submission(tmp_path):
         packed.append(Path(shutil.make_archive(str(tmp_path / kind), kind, folder.parent, "predictions")))
     for path in packed:
         metric = WiderFaceAP.from_records(records)
-        for image_id, (boxes, scores, *_) in read_predictions(path):
-            metric.update(image_id, boxes, scores)
+        for image_id, found in read_predictions(path):
+            metric.update(image_id, found)
         assert 100 * metric.compute().ap["all"] == pytest.approx(ap, abs=1e-9), path
 
 

@@ -72,7 +72,7 @@ def read_annotations(
             records.append(_record(root.join(path, place), path, boxes, ignore))
     for path, place in (keep or {}).items():
         if path not in paths:
-            raise AnnotationError(f"{place}: expected an image of {os.fspath(file)}, found {_shorten(path)}")
+            raise AnnotationError(f"{place}: expected an image of {os.fspath(file)}, got {_shorten(path)}")
     return records
 
 
@@ -124,7 +124,7 @@ class _Lines:
                 content = gzip.decompress(content)
             text = content.decode("utf-8-sig")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise AnnotationError(f"{self._file}: expected text, plain or gzipped, found: {error}") from error
+            raise AnnotationError(f"{self._file}: expected text, plain or gzipped, got: {error}") from error
         # Not splitlines(): its further separators (form feed, U+2028, ...) would shift the numbers an editor shows.
         self._lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         self._next = 0
@@ -136,7 +136,7 @@ class _Lines:
     def take(self, expectation: str) -> tuple[str, str]:
         """Returns (place, text) of the next line; the end of the file is an error that names ``expectation``."""
         if self.at_end:
-            raise AnnotationError(f"{self._file}: expected {expectation}, found the end of the file")
+            raise AnnotationError(f"{self._file}: expected {expectation}, got the end of the file")
         number, text = self._lines[self._next]
         self._next += 1
         return f"{self._file}:{number}", text
@@ -152,17 +152,17 @@ def _take_path(lines: _Lines, ids: dict[str, str]) -> tuple[str, str]:
     place, text = lines.take("an image path")
     path = PurePosixPath(text)
     if path.suffix.lower() not in _IMAGE_SUFFIXES:
-        raise AnnotationError(f"{place}: expected an image path ({', '.join(_IMAGE_SUFFIXES)}), found {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected an image path ({', '.join(_IMAGE_SUFFIXES)}), got {_shorten(text)}")
     first = ids.setdefault(image_id(text), place)
     if first != place:
-        raise AnnotationError(f"{place}: expected each image once, found {_shorten(text)} again, first at {first}")
+        raise AnnotationError(f"{place}: expected each image once, got {_shorten(text)} again, first at {first}")
     return place, str(path)
 
 
 def _parse_count(place: str, text: str) -> int:
     # The length limit keeps int() out of reach of absurd digit strings.
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise AnnotationError(f"{place}: expected a number of boxes, found {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected a number of boxes, got {_shorten(text)}")
     return int(text)
 
 
@@ -172,9 +172,9 @@ def _parse_box(place: str, text: str) -> list[float]:
     except ValueError:
         row = []
     if len(row) != _NUM_COLUMNS:
-        raise AnnotationError(f"{place}: expected {_COLUMNS!r} ({_NUM_COLUMNS} numbers), found {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected {_COLUMNS!r} ({_NUM_COLUMNS} numbers), got {_shorten(text)}")
     if row[_INVALID] not in (0, 1):
-        raise AnnotationError(f"{place}: expected 0 or 1 for 'invalid', found {row[_INVALID]:g} in {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected 0 or 1 for 'invalid', got {row[_INVALID]:g} in {_shorten(text)}")
     return row
 
 

@@ -1,10 +1,12 @@
 """The pixels behind a record."""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from . import synthetic
 from .records import ImageRecord, UnreadableImageError
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
 def read_image(record: ImageRecord) -> np.ndarray:
@@ -32,3 +34,25 @@ def read_image(record: ImageRecord) -> np.ndarray:
         reason = f"its annotation says {record.width}x{record.height} pixels, the upright image has {width}x{height}"
         raise UnreadableImageError(record.file_name, reason)
     return image
+
+
+def read_size(file_name: str) -> tuple[int, int]:
+    """(height, width) of an upright image, from the header of its file.
+
+    Raises:
+        UnreadableImageError: the header cannot be read.
+    """
+    try:
+        with Image.open(file_name) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableImageError(file_name, f"{type(error).__name__}: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def image_size(record: ImageRecord) -> tuple[int, int]:
+    """(height, width) of the upright image: the annotation's, or that of :func:`read_size`."""
+    if record.height is not None and record.width is not None:
+        return record.height, record.width
+    return read_size(record.file_name)

@@ -46,6 +46,8 @@ def read_size(file_name: str) -> tuple[int, int]:
         with Image.open(file_name) as image:
             width, height = image.size
             turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except FileNotFoundError:
+        raise UnreadableImageError(file_name, "no such file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadableImageError(file_name, f"{type(error).__name__}: {error}") from error
     return (width, height) if turned else (height, width)

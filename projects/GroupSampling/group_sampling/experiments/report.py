@@ -183,13 +183,13 @@ def _example_images(records: Sequence[ImageRecord]) -> list[tuple[str, str, Imag
     return [(file, heading, max(with_faces, key=lambda r, k=key: k(sizes(r)))) for file, heading, key in choices]
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())
@@ -207,7 +207,7 @@ def plot_samples(
     """
     columns = min(columns, len(samples))
     rows = -(-len(samples) // columns)
-    figure = _figure(max(3.6, 10 / columns) * columns, 4 * rows)
+    figure = new_figure(max(3.6, 10 / columns) * columns, 4 * rows)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, (name, counts) in zip(panels, samples.items()):
         position = np.arange(len(counts))
@@ -224,7 +224,7 @@ def plot_samples(
         axes.legend(loc="upper left", ncols=2)
     for axes in panels[len(samples) :]:
         axes.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _short(value: float) -> str:
@@ -242,7 +242,7 @@ def plot_ap_bars(
     """
     subsets = list(dict.fromkeys(subset for values in rows.values() for subset in values))
     width = 0.85 / max(1, len(rows))
-    figure = _figure(10, 4.5)
+    figure = new_figure(10, 4.5)
     axes = figure.subplots()
     for index, (label, values) in enumerate(rows.items()):
         color = f"C{index % 10}"
@@ -260,7 +260,7 @@ def plot_ap_bars(
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_ap_lines(lines: Mapping[str, Sequence[tuple[str, float, float]]], path: Path, *, xlabel: str) -> None:
@@ -269,7 +269,7 @@ def plot_ap_lines(lines: Mapping[str, Sequence[tuple[str, float, float]]], path:
     Args:
         lines: label -> points (tick label, mean, standard deviation over the seeds), in percent; NaN leaves a gap.
     """
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for label, points in lines.items():
         ticks, means, deviations = zip(*points)
@@ -278,14 +278,14 @@ def plot_ap_lines(lines: Mapping[str, Sequence[tuple[str, float, float]]], path:
     axes.set(xlabel=xlabel, ylabel="AP, all faces (%)")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(
     predictions: Mapping[str, Mapping[str, Detections]], records: Sequence[ImageRecord], path: Path
 ) -> None:
     """Precision over recall of every run on all faces."""
-    figure = _figure(6, 5)
+    figure = new_figure(6, 5)
     axes = figure.subplots()
     for name, images in predictions.items():
         metric = WiderFaceAP.from_records(records)
@@ -296,12 +296,12 @@ def plot_curves(
     axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.01), ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_training(runs: Sequence[Run], path: Path) -> None:
     """Classification and regression loss over the iterations."""
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     for axes, key in zip(figure.subplots(1, 2), ("loss_rpn_cls", "loss_rpn_loc")):
         for run in runs:
             iterations, values = run.series(key)
@@ -311,7 +311,7 @@ def plot_training(runs: Sequence[Run], path: Path) -> None:
         axes.set(title=key, xlabel="iteration", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_detections(predictions: Mapping[str, Mapping[str, Detections]], record: ImageRecord, path: Path) -> None:
@@ -320,7 +320,7 @@ def plot_detections(predictions: Mapping[str, Mapping[str, Detections]], record:
 
     image = read_image(record)
     height, width = image.shape[:2]
-    figure = _figure(7 * len(predictions), 7 * height / width + 0.5)
+    figure = new_figure(7 * len(predictions), 7 * height / width + 0.5)
     for axes, (name, images) in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions.items()):
         axes.imshow(image)
         axes.axis("off")
@@ -332,4 +332,4 @@ def plot_detections(predictions: Mapping[str, Mapping[str, Detections]], record:
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="red", linewidth=1.5))
             axes.text(x1, y1, f"{score:.2f}", fontsize=6, color="white", backgroundcolor=(1, 0, 0, 0.6), va="bottom")
         axes.set_title(f"{name}: {len(found.scores)} detections, {(~record.ignore).sum()} faces")
-    _save(figure, path)
+    save_figure(figure, path)

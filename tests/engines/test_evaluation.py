@@ -126,7 +126,7 @@ def test_shares_are_merged_without_duplicates(tmp_path, count):
 
 
 @pytest.mark.parametrize("first, second", [(1, 1), (3, 1), (1, 2), (2, 3)])
-def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
+def test_continued_by_any_number_of_processes(tmp_path, first, second):
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 9)
     records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
     expected = Simulated(cfg, records, model, 1, resume=False).finish()
@@ -149,7 +149,7 @@ def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "data set", "image file", "no --resume", "damage"])
-def test_what_is_not_taken_up(tmp_path, caplog, change):
+def test_what_is_not_reused(tmp_path, caplog, change):
     for i in range(4):
         path = tmp_path / f"images/e/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +362,7 @@ def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
-def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
+def test_the_evaluation_after_a_training_is_continued(tmp_path, engine):
     """--resume of a finished training evaluates, without the image that was finished before."""
     if importlib.util.find_spec(engine) is None:
         pytest.skip("Detectron2 is not installed")

@@ -114,14 +114,21 @@ def test_default_predictor_refuses_another_detector(tmp_path, checkpoint, naming
 
 
 @NEEDS_DETECTRON2
-def test_stock_architecture_refuses_the_other_engines_weights(tmp_path, checkpoint):
+@pytest.mark.parametrize(
+    "part, opts",
+    [
+        ("proposal_generator.rpn_head", []),
+        ("roi_heads.box_head", ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.BBOX_REG_LOSS_TYPE", "smooth_l1"]),
+    ],
+)
+def test_stock_architecture_refuses_the_other_engines_weights(tmp_path, checkpoint, part, opts):
     from detectron2.engine import DefaultPredictor
     from tv_cases import d2_setup
 
-    cfg = d2_setup(make_args("OUTPUT_DIR", tmp_path, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")).clone()
+    cfg = d2_setup(make_args("OUTPUT_DIR", tmp_path, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *opts)).clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(checkpoint)
-    with pytest.raises(ConfigError, match=r"proposal_generator\.rpn_head"):
+    with pytest.raises(ConfigError, match=rf"missing \({part}"):
         DefaultPredictor(cfg)
 
 

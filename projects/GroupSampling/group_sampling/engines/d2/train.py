@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 
+import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
 import torch
 import torch.distributed as dist
@@ -19,14 +20,6 @@ from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
     verify_results,
-)
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    RPN_HEAD_REGISTRY,
 )
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
@@ -53,12 +46,12 @@ _REPLACED_KEYS = (
     "TEST.AUG.ENABLED",
 )
 _REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
 }
 
 
@@ -86,7 +79,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
+        devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         model.register_forward_hook(_raise_on_non_finite_loss)
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)

@@ -6,6 +6,8 @@ with a bare KeyError or not at all. Here every error names the file and the imag
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +90,35 @@ def read_annotations(
         report.num_ignore += int(record.ignore.sum())
         records.append(record)
     return records, categories
+
+
+def format_annotations(
+    records: Sequence[ImageRecord], categories: Mapping[int, str], image_root: str | os.PathLike[str]
+) -> bytes:
+    """The JSON that :func:`read_annotations` reads back as the same boxes, classes and ignore regions, to the last bit.
+
+    Images are numbered from 1, unless every ``image_id`` is a number of its own already.
+
+    Args:
+        records: with sizes; ignore regions become "iscrowd" annotations.
+        categories: category id -> name in ascending id, the order of the class indices.
+        image_root: folder that each ``file_name`` becomes relative to.
+    """
+    category_ids = list(categories)
+    keep_ids = all(record.image_id.isdecimal() for record in records)
+    keep_ids = keep_ids and len({int(record.image_id) for record in records}) == len(records)  # not "1" and "01"
+    images, annotations = [], []
+    for number, record in enumerate(records, 1):
+        image_id = int(record.image_id) if keep_ids else number
+        path = PurePath(os.path.relpath(record.file_name, image_root)).as_posix()
+        images.append({"id": image_id, "file_name": path, "height": record.height, "width": record.width})
+        boxes = record.boxes.astype(np.float64).tolist()  # float64: x1 + (x2 - x1) is x2 again after rounding
+        for (x1, y1, x2, y2), label, ignored in zip(boxes, record.classes.tolist(), record.ignore.tolist()):
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_ids[label]}
+            annotation |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": int(ignored)}
+            annotations.append(annotation)
+    named = [{"id": category_id, "name": name} for category_id, name in categories.items()]
+    return (json.dumps({"images": images, "annotations": annotations, "categories": named}) + "\n").encode()
 
 
 def _load(file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ An image without faces has the count 0 and, nevertheless, one line of ten zeros 
 import gzip
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -22,7 +22,7 @@ from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable
 _COLUMNS = "x y w h blur expression illumination invalid occlusion pose"
 _NUM_COLUMNS = 10
 _INVALID = 7
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -103,6 +103,29 @@ def read_paths(file: str | os.PathLike[str]) -> dict[str, str]:
     return paths
 
 
+def format_annotations(records: Sequence[ImageRecord], image_root: str | os.PathLike[str]) -> bytes:
+    """The text that :func:`read_annotations` reads back as the same boxes and ignore regions, to the last bit.
+
+    Classes are not in the format: every box is a face. Of the six attributes, "invalid" is the ignore flag and the
+    others are 0.
+
+    Raises:
+        ValueError: the path of an image cannot stand in the file.
+    """
+    lines = []
+    for record in records:
+        path = os.path.relpath(record.file_name, image_root)
+        if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES or path != path.strip() or "\n" in path:
+            raise ValueError(f"WIDER FACE's format: expected an image path ({', '.join(IMAGE_SUFFIXES)}), got {path!r}")
+        lines += [path, str(len(record.boxes))]
+        for (x1, y1, x2, y2), ignored in zip(record.boxes.astype(np.float64).tolist(), record.ignore.tolist()):
+            numbers = (repr(value).removesuffix(".0") for value in (x1, y1, x2 - x1, y2 - y1))
+            lines.append(f"{' '.join(numbers)} 0 0 0 {int(ignored)} 0 0")
+        if not len(record.boxes):
+            lines.append(" ".join(["0"] * _NUM_COLUMNS))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
 def image_id(path: str) -> str:
     """``"<event>/<stem>"`` of a relative path, as the result files of the benchmark name an image."""
     return str(PurePosixPath(path).with_suffix(""))
@@ -151,8 +174,8 @@ def _take_path(lines: _Lines, ids: dict[str, str]) -> tuple[str, str]:
     """Returns (place, path) of the image that the next line names; ``ids``: image id -> place of those before."""
     place, text = lines.take("an image path")
     path = PurePosixPath(text)
-    if path.suffix.lower() not in _IMAGE_SUFFIXES:
-        raise AnnotationError(f"{place}: expected an image path ({', '.join(_IMAGE_SUFFIXES)}), got {_shorten(text)}")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise AnnotationError(f"{place}: expected an image path ({', '.join(IMAGE_SUFFIXES)}), got {_shorten(text)}")
     first = ids.setdefault(image_id(text), place)
     if first != place:
         raise AnnotationError(f"{place}: expected each image once, got {_shorten(text)} again, first at {first}")

@@ -15,7 +15,7 @@ from .runs import Run
 FACE_COLOR, FOUND_COLOR = "lime", "red"
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -33,7 +33,7 @@ def plot_samples(
     """
     columns = min(columns, len(samples))
     rows = -(-len(samples) // columns)
-    figure = _figure(max(3.6, 10 / columns) * columns, 4 * rows)
+    figure = new_figure(max(3.6, 10 / columns) * columns, 4 * rows)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, (name, counts) in zip(panels, samples.items()):
         position = np.arange(len(counts))
@@ -68,7 +68,7 @@ def plot_ap_bars(
     """
     subsets = list(dict.fromkeys(subset for values in rows.values() for subset in values))
     width = 0.85 / max(1, len(rows))
-    figure = _figure(10, 4.5)
+    figure = new_figure(10, 4.5)
     axes = figure.subplots()
     for index, (label, values) in enumerate(rows.items()):
         color = f"C{index % 10}"
@@ -95,7 +95,7 @@ def plot_ap_lines(lines: Mapping[str, Sequence[tuple[str, float, float]]], path:
     Args:
         lines: label -> points (tick label, mean, standard deviation over the seeds), in percent; NaN leaves a gap.
     """
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for label, points in lines.items():
         ticks, means, deviations = zip(*points)
@@ -111,7 +111,7 @@ def plot_curves(
     predictions: Mapping[str, Mapping[str, Detections]], records: Sequence[ImageRecord], path: Path
 ) -> None:
     """Precision over recall of every run on all faces."""
-    figure = _figure(6, 5)
+    figure = new_figure(6, 5)
     axes = figure.subplots()
     for name, images in predictions.items():
         metric = WiderFaceAP.from_records(records)
@@ -127,7 +127,7 @@ def plot_curves(
 
 def plot_training(runs: Sequence[Run], path: Path) -> None:
     """Classification and regression loss over the iterations."""
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     for axes, key in zip(figure.subplots(1, 2), ("loss_rpn_cls", "loss_rpn_loc")):
         for run in runs:
             iterations, values = run.series(key)
@@ -158,7 +158,7 @@ def plot_detections(
     """
     height, width = image.shape[:2]
     lines = 1 + max(title.count("\n") for title in panels)
-    figure = _figure(panel_size * len(panels), panel_size * height / width + 0.2 + 0.25 * lines)
+    figure = new_figure(panel_size * len(panels), panel_size * height / width + 0.2 + 0.25 * lines)
     for axes, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(image)
         axes.axis("off")

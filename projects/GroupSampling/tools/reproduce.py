@@ -20,8 +20,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from group_sampling.config import ConfigError
 from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.env import ENGINES, resolve_engine
@@ -32,7 +30,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 REPOSITORY = PROJECT.parents[1]
 TRAIN_NET = REPOSITORY / "train_net.py"
 CONFIGS = PROJECT / "configs"
-PAPER = Path(__file__).with_name("paper_values.yaml")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.report_only:
             errors = reproduction.train()
     finally:  # the report of an interrupted run marks what was not run
-        report = write_report(reproduction, yaml.safe_load(PAPER.read_text()))
+        report = write_report(reproduction)
         print(f"report after {math.ceil((time.monotonic() - start) / 60)} min: {report}")
     if errors:
         sys.exit(f"{len(errors)} trainings failed; the same command repeats them")

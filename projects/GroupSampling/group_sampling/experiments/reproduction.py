@@ -12,7 +12,7 @@ from ..config import ConfigError, get_value
 from ..engines.tv.config import load_config
 from ..files import write_json
 from .jobs import Job, run_jobs
-from .paper import DETECTORS, EXPERIMENTS
+from .rows import DETECTORS, EXPERIMENTS
 from .runs import Run
 
 TINY = "quick/tiny.yaml"  # below the folder of the configs

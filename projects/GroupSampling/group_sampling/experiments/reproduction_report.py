@@ -11,9 +11,12 @@ from ..data.records import ImageRecord
 from ..engines.build import load_records
 from ..files import write_atomically, write_json
 from .balance import sample_balance
-from .paper import FIGURE4_DETECTORS, Experiment
+from .claims import paper_values
 from .plots import plot_ap_bars, plot_ap_lines, plot_samples
 from .reproduction import TINY, Reproduction
+from .rows import FIGURE4_DETECTORS, Experiment
+from .verdicts import Judgment, judge, sample_shares, seed_noise
+from .verdicts import markdown as verdict_table
 
 NOT_RUN = "not run"
 NAN = float("nan")
@@ -29,7 +32,7 @@ def statistics(values: Sequence[float]) -> dict:
 
 
 def experiment_results(reproduction: Reproduction, experiment: Experiment, paper: Mapping) -> dict:
-    """Paper and ours of every row, and the comparisons."""
+    """Paper and ours of every row."""
     rows = []
     for row in experiment.rows:
         aps = [ap for seed in reproduction.seeds if (ap := reproduction.ap(row.config, seed)) is not None]
@@ -44,16 +47,35 @@ def experiment_results(reproduction: Reproduction, experiment: Experiment, paper
                 "runs": len(aps),
             }
         )
-    label = {row.config: row.label for row in experiment.rows}
-    comparisons = []
-    for a, b, claim in experiment.comparisons:
-        differences = []
-        for seed in reproduction.seeds:
-            pair = reproduction.ap(a, seed), reproduction.ap(b, seed)
-            if None not in pair:
-                differences.append(pair[0]["all"] - pair[1]["all"])
-        comparisons.append({"a": label[a], "b": label[b], "paper": claim, "a_minus_b": statistics(differences)})
-    return {"title": experiment.title, "rows": rows, "comparisons": comparisons}
+    return {"title": experiment.title, "rows": rows}
+
+
+def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment]:
+    """What the paper claims of the order of the results that were asked for, and whether ours agree.
+
+    AP@s is left out: until it is measured as the paper does (docs/deviations.md), it says nothing of these claims.
+
+    Args:
+        figure2: of :func:`figure2_results`, if that was asked for.
+    """
+    measured: dict[str, dict[str, list[float | None]]] = {}
+    for experiment in reproduction.experiments.values():
+        for row in experiment.rows:
+            aps = [reproduction.ap(row.config, seed) or {} for seed in reproduction.seeds]
+            subsets = {subset for ap in aps for subset in ap if not subset.startswith("@")}
+            measured[row.config] = {subset: [ap.get(subset) for ap in aps] for subset in sorted(subsets)}
+    samples = {}
+    for row in figure2["rows"] if figure2 else ():
+        values = [[kind["seeds"] for kind in kinds.values()] for kinds in row["samples"].values()]
+        samples[row["config"]] = [
+            {scale: (positives[i], negatives[i]) for scale, (positives, negatives) in zip(row["samples"], values)}
+            for i in range(len(reproduction.seeds))
+        ]
+    for config, shares in sample_shares(samples).items():
+        measured.setdefault(config, {}).update(shares)
+    asked = set(reproduction.experiments) | ({"figure2"} if figure2 else set())
+    found = judge(measured, noise=seed_noise(measured))
+    return [judgment for judgment in found if judgment.ordering.experiment in asked]
 
 
 def figure2_results(reproduction: Reproduction) -> dict:
@@ -82,22 +104,28 @@ def figure2_results(reproduction: Reproduction) -> dict:
     return {"title": "Figure 2: samples of every scale in a training image", "rows": rows}
 
 
-def markdown(results: dict) -> str:
-    """The report as Markdown, headings from level 3 on."""
+def markdown(results: dict, found: Sequence[Judgment]) -> str:
+    """The report as Markdown, headings from level 3 on.
+
+    Args:
+        found: of :func:`judgments`.
+    """
     about = results["about"]
     lines = [
         f"Scale `{about['scale']}`, {about['engine']} engine, {len(about['seeds'])} seeds, data set "
         f"`{about['data_set']}`, torch {about['torch']}, {about['machine']}. {about['note']}",
         "",
-        "AP in %: *paper* / *ours*, ours as mean ± standard deviation over the seeds. `?`: what the paper reports was "
-        f"not available; `{NOT_RUN}`: not run.",
+        "AP in %: *paper* / *ours*, ours as mean ± standard deviation over the seeds. –: the paper has no such number; "
+        f"`{NOT_RUN}`: not run. A claim of the paper *agrees* or *disagrees* with ours if the 90 % confidence interval "
+        "over the seeds allows no other verdict (`group_sampling/experiments/verdicts.py`).",
     ]
     for name, experiment in results["experiments"].items():
         lines += ["", f"### {experiment['title']}", ""]
         lines += _figure2_table(experiment) if name == "figure2" else _ap_table(experiment)
         lines += ["", f"![{experiment['title']}](images/{_image(about['scale'], name)})"]
-        if name != "figure2":
-            lines += ["", *_comparison_table(experiment)]
+        claims = [judgment for judgment in found if judgment.ordering.experiment == name]
+        if claims:
+            lines += ["", *verdict_table(claims)]
     return "\n".join(lines) + "\n"
 
 
@@ -110,18 +138,8 @@ def _ap_table(experiment: dict) -> list[str]:
     lines = ["| | config | " + " | ".join(s.capitalize() for s in subsets) + " |"]
     lines.append("|---|---|" + "---|" * len(subsets))
     for row in experiment["rows"]:
-        cells = [f"{row['paper'].get(s, '?')} / {_value(row['ours'].get(s))}" for s in subsets]
+        cells = [f"{row['paper'].get(s, '–')} / {_value(row['ours'].get(s))}" for s in subsets]
         lines.append(f"| {row['label']} | `{row['config']}` | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _comparison_table(experiment: dict) -> list[str]:
-    lines = ["| compared (All) | in the paper | ours: difference | seeds with a difference > 0 |", "|---|---|---|---|"]
-    for pair in experiment["comparisons"]:
-        difference = pair["a_minus_b"]
-        seeds = difference["seeds"]
-        count = f"{sum(value > 0 for value in seeds)} of {len(seeds)}" if seeds else NOT_RUN
-        lines.append(f"| {pair['a']} - {pair['b']} | {pair['paper']} | {_value(difference, sign='+')} | {count} |")
     return lines
 
 
@@ -173,13 +191,9 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
     )
 
 
-def write_report(reproduction: Reproduction, paper: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Path:
-    """Write report.json, the images and, last, report.md; returns its path.
-
-    Args:
-        paper: experiment -> config -> subset -> AP in percent that the paper reports.
-    """
-    scale = reproduction.scale
+def write_report(reproduction: Reproduction) -> Path:
+    """Write report.json, the images and, last, report.md; returns its path."""
+    scale, paper = reproduction.scale, paper_values()
     notes = {
         "tiny": f"Each row is its config with the overrides of `configs/{TINY}`, its number of anchors "
         "drawn divided by 32 and that of RoIs by 8: a small network from scratch on procedural faces. Order and "
@@ -203,8 +217,10 @@ def write_report(reproduction: Reproduction, paper: Mapping[str, Mapping[str, Ma
         results["experiments"]["figure2"] = figure2_results(reproduction)
     for name, experiment in reproduction.experiments.items():
         results["experiments"][name] = experiment_results(reproduction, experiment, paper.get(name, {}))
+    found = judgments(reproduction, results["experiments"].get("figure2"))
+    results["claims"] = [judgment.to_dict() for judgment in found]
     for name, experiment in results["experiments"].items():
         draw(name, experiment, reproduction.folder / "images" / _image(scale, name), scale)
     write_json(reproduction.folder / "report.json", results)
-    write_atomically(reproduction.folder / "report.md", markdown(results).encode())
+    write_atomically(reproduction.folder / "report.md", markdown(results, found).encode())
     return reproduction.folder / "report.md"

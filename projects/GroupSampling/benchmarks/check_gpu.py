@@ -182,11 +182,16 @@ def run_step(step: dict, folder: Path) -> dict:
     return {"name": step["name"], "status": status, "seconds": seconds, "reason": reason, "tail": tail}
 
 
+def printed(*command: str) -> str:
+    """What a command prints; nothing if there is no such command."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
+
+
 def surroundings() -> dict:
     import torch
 
     gpu = torch.cuda.get_device_properties(0)
-    found = {
+    return {
         "gpu": gpu.name,
         "gpus": torch.cuda.device_count(),
         "capability": f"{gpu.major}.{gpu.minor}",
@@ -195,20 +200,10 @@ def surroundings() -> dict:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "nvcc": ", ".join(re.findall(r"release [\d.]+|V[\d.]+", printed("nvcc", "--version"))),
+        "driver": printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "commit": printed("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
     }
-    tool = shutil.which("nvcc")
-    if tool:
-        text = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
-        found["nvcc"] = ", ".join(re.findall(r"release [\d.]+|V[\d.]+", text))
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    tool = shutil.which("git")
-    if tool:
-        head = subprocess.run([tool, "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-        found["commit"] = head.stdout.strip()
-    return found
 
 
 def table(report: dict) -> str:

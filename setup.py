@@ -6,8 +6,10 @@ GS_BUILD_EXT         unset: build where torch and a C++ compiler are found, else
                      1: not being able to build is an error; 0: pure Python.
 FORCE_CUDA           unset: CUDA kernels where a CUDA toolkit is found and torch is a CUDA build; 1: not being able to
                      build them is an error, no GPU needs to be visible; 0: CPU only.
-TORCH_CUDA_ARCH_LIST GPU architectures, "8.0;9.0+PTX" by default.
+TORCH_CUDA_ARCH_LIST GPU architectures; by default V100, T4, A100, H100, B200 and RTX 50 (those that the toolkit knows),
+                     and PTX for later ones.
 DEBUG=1              no optimisation, debug symbols.
+GS_WORKSPACE_GUARD=1 CUDA: every scratch array is an allocation of its own, for compute-sanitizer.
 GS_SANITIZE=1        CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (preload libasan to run).
 MAX_JOBS             parallel compile jobs, with ninja.
 """
@@ -21,7 +23,7 @@ import sys
 from setuptools import find_packages, setup
 
 PACKAGE_DIR = "projects/GroupSampling"
-DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0", "12.0")  # V100, T4, A100, H100, B200, RTX 50
 
 CPU_SOURCES = [
     "csrc/assign_and_sample.cpp",
@@ -30,6 +32,7 @@ CPU_SOURCES = [
     "csrc/match_anchor_grid.cpp",
     "csrc/match_anchors.cpp",
     "csrc/pairwise_iou.cpp",
+    "csrc/parse.cpp",
     "csrc/sample_groups.cpp",
     "csrc/cpu/assign_and_sample_cpu.cpp",
     "csrc/cpu/draw.cpp",
@@ -40,9 +43,15 @@ CPU_SOURCES = [
     "csrc/cpu/window_matcher.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/cuda/match_cuda.cu",
-    "csrc/cuda/operators_cuda.cpp",
-    "csrc/cuda/sample_cuda.cu",
+    "csrc/cuda/assign_and_sample_cuda.cpp",
+    "csrc/cuda/match_anchor_grid_cuda.cpp",
+    "csrc/cuda/match_anchors_cuda.cpp",
+    "csrc/cuda/match_kernels.cu",
+    "csrc/cuda/pairwise_iou_cuda.cpp",
+    "csrc/cuda/pairwise_iou_kernels.cu",
+    "csrc/cuda/prepare_kernels.cu",
+    "csrc/cuda/sample_groups_cuda.cpp",
+    "csrc/cuda/sample_kernels.cu",
 ]
 
 
@@ -79,6 +88,13 @@ def cuda_toolkit():
     dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
     found = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
     return os.path.realpath(found.group(1)) if found else None
+
+
+def default_architectures(toolkit):
+    """Those of ARCHITECTURES that nvcc compiles for, as TORCH_CUDA_ARCH_LIST has them."""
+    nvcc = [os.path.join(toolkit, "bin", "nvcc"), "--list-gpu-arch"]
+    known = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout.split()
+    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
 
 
 def missing_for_cuda(toolkit):
@@ -122,12 +138,14 @@ def with_cuda():
 
 def extension():
     import torch
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
 
     # The results are promised bit for bit on every backend, so no fused multiply-add and no fast math anywhere.
     # -fno-trapping-math changes no result: it lets loops divide in lanes whose quotient is then not used.
     cxx = ["-std=c++20", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     nvcc = ["-std=c++20", "--fmad=false", "-lineinfo", "--threads=2"]
+    if switch("GS_WORKSPACE_GUARD"):
+        cxx.append("-DGS_WORKSPACE_GUARD")
     link = []
     if switch("GS_SANITIZE"):
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -145,7 +163,8 @@ def extension():
     macros = [("GS_BUILD_FLAGS", '"' + " ".join(cxx) + '"')]
     cuda = with_cuda()
     if cuda:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(cpp_extension.CUDA_HOME)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # where torch looks for them
         macros += [
             ("GS_WITH_CUDA", None),
             ("GS_CUDA_VERSION", f'"{torch.version.cuda}"'),
@@ -155,7 +174,7 @@ def extension():
     else:
         notice(f"building _C for CPU, torch {torch.__version__}")
     notice(f"compiler flags: {' '.join(cxx)}")
-    return (CUDAExtension if cuda else CppExtension)(
+    return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         name="group_sampling._C",
         sources=CPU_SOURCES + (CUDA_SOURCES if cuda else []),
         define_macros=macros,

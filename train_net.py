@@ -5,31 +5,35 @@
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
     python train_net.py --config-file ... --resume SOLVER.BASE_LR 0.005
 
-The flags are those of Detectron2's training scripts, and --engine.
+The flags are those of Detectron2's training scripts, --engine and --allow-partial-weights. Flags and KEY VALUE pairs
+may come in any order.
 """
 
 import argparse
 import sys
 
-from group_sampling.engines import ENGINES, resolve_engine
+from group_sampling.config import ConfigError
+from group_sampling.data.catalog import MissingDatasetError
+from group_sampling.env import ENGINES, resolve_engine
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
     parser.add_argument(
-        "--engine", default="auto", choices=("auto", *ENGINES), help="auto: Detectron2 where importable"
+        "--engine", default="auto", choices=("auto", *ENGINES), help="auto: Detectron2 where it is installed"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    parser.add_argument(
+        "--allow-partial-weights", action="store_true", help="evaluate weights that do not fit the whole detector"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine, one GPU each")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="unique number of this machine")
-    parser.add_argument(
-        "--dist-url", default="auto", help="where the processes of several machines meet, tcp://host:port"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
-    return parser.parse_args(argv)
+    parser.add_argument("--dist-url", default="auto", help="where the processes meet, tcp://host:port")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    return parser.parse_intermixed_args(argv)
 
 
 def main() -> None:
@@ -40,12 +44,9 @@ def main() -> None:
         from group_sampling.engines.d2.train import main as run
     else:
         from group_sampling.engines.tv.train import main as run
-    from group_sampling.data.catalog import MissingDatasetError
-    from group_sampling.engines.build import ConfigError
-
     try:
         run(args)
-    except (ConfigError, MissingDatasetError) as error:  # the user's to mend; a traceback would hide the message
+    except (ConfigError, MissingDatasetError) as error:  # a user error; a traceback would hide the message
         sys.exit(f"train_net.py: {error}")
 
 

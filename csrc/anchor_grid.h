@@ -1,4 +1,5 @@
-// Anchors as translated base boxes: from a cell to its box, from a ground truth to the window of cells it can reach.
+// Anchors as translated base boxes: where an anchor and a member of a group sit, from a cell to its box, from a ground
+// truth to the window of cells it can reach.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 namespace group_sampling {
 
 // One base box over one feature map. The anchor of cell = row * width + col sits at flat index start + step * cell and
-// at position first_member + cell of its group.
+// at position first_member + cell of its group. All lattices of a level have the same height, width and step, and their
+// number is step.
 struct Lattice {
   double x1, y1, x2, y2;  // base box
   double offset;          // of the first anchor, in units of the stride
@@ -16,6 +18,36 @@ struct Lattice {
   int64_t start, step;
   int64_t group, first_member;
 };
+
+GS_HOST_DEVICE int64_t num_cells(const Lattice& lattice) { return lattice.height * lattice.width; }
+GS_HOST_DEVICE int64_t anchor_of_cell(const Lattice& lattice, int64_t cell) {
+  return lattice.start + lattice.step * cell;
+}
+GS_HOST_DEVICE int64_t member_of_cell(const Lattice& lattice, int64_t cell) { return lattice.first_member + cell; }
+
+// Where an anchor sits; `level` and `lattice` are indices into the array of lattices, `level` that of a level's first.
+struct AnchorPlace {
+  int64_t level, lattice, cell;
+};
+
+// Place of the anchor at a flat index. The search starts at `level`: 0, or the level of a lower flat index.
+GS_HOST_DEVICE AnchorPlace locate_anchor(const Lattice* lattices, int64_t anchor, int64_t level = 0) {
+  while (anchor - lattices[level].start >= lattices[level].step * num_cells(lattices[level])) {
+    level += lattices[level].step;
+  }
+  const int64_t in_level = anchor - lattices[level].start, step = lattices[level].step;
+  return {level, level + in_level % step, in_level / step};
+}
+
+// Lattice and cell of a group's member. Members are numbered lattice by lattice, so it is in the last lattice of the
+// group that starts at or before it (those without cells start where the next one does).
+GS_HOST_DEVICE void locate_member(const Lattice* lattices, int64_t count, int64_t group, int64_t member,
+                                  int64_t* lattice, int64_t* cell) {
+  int64_t i = count - 1;
+  while (lattices[i].group != group || lattices[i].first_member > member) --i;
+  *lattice = i;
+  *cell = member - lattices[i].first_member;
+}
 
 // Shift of row or column `index`, rounded to T before it is added to the base box: the frameworks' order of rounding.
 template <typename T>

@@ -11,14 +11,25 @@
 
 #include <string_view>
 #include <tuple>
+#include <vector>
+
+#include "grid_layout.h"
+#include "options.h"
 
 namespace group_sampling {
 
-using AssignResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+struct AssignAndSampleCall {
+  std::vector<at::Tensor> gt_boxes, ignore_boxes;  // contiguous; ignore_boxes may be empty
+  GridLayout layout;
+  MatchOptions match_options;
+  DrawOptions draw_options;
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> out;  // as listed above
+};
 
-AssignResult assign_and_sample(at::TensorList gt_boxes, at::TensorList ignore_boxes, at::IntArrayRef lattice_ints,
-                               at::ArrayRef<double> lattice_floats, int64_t num_groups, int64_t samples_per_group,
-                               double positive_fraction, int64_t seed, int64_t iteration, int64_t first_image,
-                               double pos_iou, double neg_iou, std::string_view second_pass, double ignore_ioa);
+AssignAndSampleCall prepare_assign_and_sample(at::TensorList gt_boxes, at::TensorList ignore_boxes,
+                                              at::IntArrayRef lattice_ints, at::ArrayRef<double> lattice_floats,
+                                              int64_t num_groups, int64_t samples_per_group, double positive_fraction,
+                                              int64_t seed, int64_t iteration, int64_t first_image, double pos_iou,
+                                              double neg_iou, std::string_view second_pass, double ignore_ioa);
 
 }  // namespace group_sampling

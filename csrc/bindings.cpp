@@ -1,16 +1,15 @@
-// Python's entry: importing the module registers the operators; the functions below forward to the dispatcher, so they
-// cannot differ from torch.ops.group_sampling.*.
+// Python's entry: importing the module registers the operators. Its functions of the same names call the dispatcher, so
+// they cannot differ from torch.ops.group_sampling.*.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <map>
 #include <string>
 
-#include "assign_and_sample.h"
-#include "match_anchor_grid.h"
-#include "match_anchors.h"
-#include "pairwise_iou.h"
-#include "sample_groups.h"
+#include "grid_layout.h"
+#include "options.h"
 
 namespace group_sampling {
 namespace {
@@ -35,54 +34,27 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-// Python lists arrive as vectors; the operators take views of them.
-auto py_match_anchor_grid(const std::vector<at::Tensor>& gt_boxes, const std::vector<at::Tensor>& ignore_boxes,
-                          const std::vector<int64_t>& lattice_ints, const std::vector<double>& lattice_floats,
-                          double pos_iou, double neg_iou, const std::string& second_pass, double ignore_ioa) {
-  return match_anchor_grid(gt_boxes, ignore_boxes, lattice_ints, lattice_floats, pos_iou, neg_iou, second_pass,
-                           ignore_ioa);
+// What the Python side states as well, because it has to do without this module.
+std::map<std::string, double> limits() {
+  return {{"max_cells", static_cast<double>(kMaxCells)}, {"min_side", kMinSide}, {"min_threshold", kMinThreshold}};
 }
 
-auto py_match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
-                      const std::optional<at::Tensor>& ignore_boxes, double pos_iou, double neg_iou,
-                      const std::string& second_pass, double ignore_ioa) {
-  return match_anchors(anchors, gt_boxes, ignore_boxes, pos_iou, neg_iou, second_pass, ignore_ioa);
-}
-
-auto py_sample_groups(const at::Tensor& labels, const std::optional<at::Tensor>& group_ids,
-                      const std::vector<int64_t>& lattice_ints, int64_t num_groups, int64_t samples_per_group,
-                      double positive_fraction, int64_t seed, int64_t iteration, int64_t first_image) {
-  return sample_groups(labels, group_ids, lattice_ints, num_groups, samples_per_group, positive_fraction, seed,
-                       iteration, first_image);
-}
-
-auto py_assign_and_sample(const std::vector<at::Tensor>& gt_boxes, const std::vector<at::Tensor>& ignore_boxes,
-                          const std::vector<int64_t>& lattice_ints, const std::vector<double>& lattice_floats,
-                          int64_t num_groups, int64_t samples_per_group, double positive_fraction, int64_t seed,
-                          int64_t iteration, int64_t first_image, double pos_iou, double neg_iou,
-                          const std::string& second_pass, double ignore_ioa) {
-  return assign_and_sample(gt_boxes, ignore_boxes, lattice_ints, lattice_floats, num_groups, samples_per_group,
-                           positive_fraction, seed, iteration, first_image, pos_iou, neg_iou, second_pass, ignore_ioa);
+void bind_operators(pybind11::module_& m) {
+  const std::string prefix = "group_sampling::";
+  for (const auto& found : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (found.name.compare(0, prefix.size(), prefix) != 0) continue;
+    const auto symbol = c10::Symbol::fromQualString(found.name);
+    m.def(found.name.c_str() + prefix.size(), [symbol](const pybind11::args& args, const pybind11::kwargs& kwargs) {
+      return torch::jit::invokeOperatorFromPython(torch::jit::getAllOperatorsFor(symbol), args, kwargs);
+    });
+  }
 }
 
 }  // namespace
 }  // namespace group_sampling
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  namespace py = pybind11;
-  using namespace group_sampling;
-  m.def("build_info", &build_info, "Compiler, torch, flags and CUDA version of this build.");
-  m.def("pairwise_iou", &pairwise_iou, py::arg("boxes1"), py::arg("boxes2"));
-  m.def("match_anchors", &py_match_anchors, py::arg("anchors"), py::arg("gt_boxes"), py::arg("ignore_boxes"),
-        py::arg("pos_iou"), py::arg("neg_iou"), py::arg("second_pass"), py::arg("ignore_ioa"));
-  m.def("match_anchor_grid", &py_match_anchor_grid, py::arg("gt_boxes"), py::arg("ignore_boxes"),
-        py::arg("lattice_ints"), py::arg("lattice_floats"), py::arg("pos_iou"), py::arg("neg_iou"),
-        py::arg("second_pass"), py::arg("ignore_ioa"));
-  m.def("sample_groups", &py_sample_groups, py::arg("labels"), py::arg("group_ids"), py::arg("lattice_ints"),
-        py::arg("num_groups"), py::arg("samples_per_group"), py::arg("positive_fraction"), py::arg("seed"),
-        py::arg("iteration"), py::arg("first_image"));
-  m.def("assign_and_sample", &py_assign_and_sample, py::arg("gt_boxes"), py::arg("ignore_boxes"),
-        py::arg("lattice_ints"), py::arg("lattice_floats"), py::arg("num_groups"), py::arg("samples_per_group"),
-        py::arg("positive_fraction"), py::arg("seed"), py::arg("iteration"), py::arg("first_image"), py::arg("pos_iou"),
-        py::arg("neg_iou"), py::arg("second_pass"), py::arg("ignore_ioa"));
+  m.def("build_info", &group_sampling::build_info, "Compiler, torch, flags and CUDA version of this build.");
+  m.def("limits", &group_sampling::limits, "Limits of grids and thresholds that the operators enforce.");
+  group_sampling::bind_operators(m);
 }

@@ -2,6 +2,8 @@
 // Build with -ffp-contract=off and --fmad=false: a fused multiply-add rounds once where this code rounds twice.
 #pragma once
 
+#include <limits>
+
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define GS_HOST_DEVICE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -66,6 +68,52 @@ GS_HOST_DEVICE bool is_valid(const Box<T>& box) {
   const bool finite =
       box.x1 - box.x1 == T(0) && box.y1 - box.y1 == T(0) && box.x2 - box.x2 == T(0) && box.y2 - box.y2 == T(0);
   return finite && box.x2 > box.x1 && box.y2 > box.y1;
+}
+
+// What a block of anchors has in common: no box outside it reaches a given IoU with any of them.
+template <typename T>
+struct Reach {
+  T x1, y1, x2, y2;      // hull of the anchors
+  T min_area, max_area;  // of the anchors; after widen_areas, of a box
+};
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+template <typename T>
+GS_HOST_DEVICE Reach<T> empty_reach() {
+  return {kInfinity<T>, kInfinity<T>, -kInfinity<T>, -kInfinity<T>, kInfinity<T>, T(0)};
+}
+
+// An invalid anchor reaches nothing.
+template <typename T>
+GS_HOST_DEVICE void extend_reach(Reach<T>& reach, const Box<T>& anchor) {
+  if (!is_valid(anchor)) return;
+  const T area = box_area(anchor);
+  reach.x1 = anchor.x1 < reach.x1 ? anchor.x1 : reach.x1, reach.y1 = anchor.y1 < reach.y1 ? anchor.y1 : reach.y1;
+  reach.x2 = anchor.x2 > reach.x2 ? anchor.x2 : reach.x2, reach.y2 = anchor.y2 > reach.y2 ? anchor.y2 : reach.y2;
+  reach.min_area = area < reach.min_area ? area : reach.min_area;
+  reach.max_area = area > reach.max_area ? area : reach.max_area;
+}
+
+// The intersection is at most either area, so areas differ by at most 1 / min_iou; 1e-5 covers rounding, and areas so
+// small or large that they lose precision are not bounded.
+template <typename T>
+GS_HOST_DEVICE void widen_areas(Reach<T>& reach, T min_iou) {
+  const double low = static_cast<double>(min_iou) * static_cast<double>(reach.min_area) * (1.0 - 1e-5);
+  const double high = static_cast<double>(reach.max_area) / static_cast<double>(min_iou) * (1.0 + 1e-5);
+  reach.min_area = low > 1e-30 && low < 1e30 ? static_cast<T>(low) : T(0);
+  reach.max_area = high > 1e-30 && high < 1e30 ? static_cast<T>(high) : kInfinity<T>;
+}
+
+template <typename T>
+GS_HOST_DEVICE bool meets_hull(const Reach<T>& reach, const Box<T>& box) {
+  return (box.x1 < reach.x2) & (box.x2 > reach.x1) & (box.y1 < reach.y2) & (box.y2 > reach.y1);
+}
+
+template <typename T>
+GS_HOST_DEVICE bool has_near_area(const Reach<T>& reach, T area) {
+  return (area >= reach.min_area) & (area <= reach.max_area);
 }
 
 }  // namespace group_sampling

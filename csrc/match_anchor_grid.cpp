@@ -1,22 +1,23 @@
 #include "match_anchor_grid.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include "checks.h"
+#include "parse.h"
 
 namespace group_sampling {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchor_grid(at::TensorList gt_boxes, at::TensorList ignore_boxes,
-                                                                 at::IntArrayRef lattice_ints,
-                                                                 at::ArrayRef<double> lattice_floats, double pos_iou,
-                                                                 double neg_iou, std::string_view second_pass,
-                                                                 double ignore_ioa) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("group_sampling::match_anchor_grid", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                 at::TensorList, at::TensorList, c10::SymIntArrayRef, at::ArrayRef<double>, double,
-                                 double, std::string_view, double)>();
-  return op.call(gt_boxes, ignore_boxes, c10::fromIntArrayRefSlow(lattice_ints), lattice_floats, pos_iou, neg_iou,
-                 second_pass, ignore_ioa);
+MatchAnchorGridCall prepare_match_anchor_grid(at::TensorList gt_boxes, at::TensorList ignore_boxes,
+                                              at::IntArrayRef lattice_ints, at::ArrayRef<double> lattice_floats,
+                                              double pos_iou, double neg_iou, std::string_view second_pass,
+                                              double ignore_ioa) {
+  constexpr const char* op = "match_anchor_grid";
+  check_box_lists(op, gt_boxes, ignore_boxes);
+  const MatchOptions options = parse_match_options(op, pos_iou, neg_iou, second_pass, ignore_ioa);
+  GridLayout layout = parse_grid_layout(op, lattice_ints, lattice_floats);
+  MatchResult out =
+      empty_match_result({static_cast<int64_t>(gt_boxes.size()), layout.num_anchors}, gt_boxes[0].options());
+  return {contiguous(gt_boxes), contiguous(ignore_boxes), std::move(layout), options, std::move(out)};
 }
 
 }  // namespace group_sampling

@@ -9,14 +9,24 @@
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
-#include <tuple>
+#include <vector>
+
+#include "grid_layout.h"
+#include "match_result.h"
+#include "options.h"
 
 namespace group_sampling {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchor_grid(at::TensorList gt_boxes, at::TensorList ignore_boxes,
-                                                                 at::IntArrayRef lattice_ints,
-                                                                 at::ArrayRef<double> lattice_floats, double pos_iou,
-                                                                 double neg_iou, std::string_view second_pass,
-                                                                 double ignore_ioa);
+struct MatchAnchorGridCall {
+  std::vector<at::Tensor> gt_boxes, ignore_boxes;  // contiguous; ignore_boxes may be empty
+  GridLayout layout;
+  MatchOptions options;
+  MatchResult out;  // (B, n)
+};
+
+MatchAnchorGridCall prepare_match_anchor_grid(at::TensorList gt_boxes, at::TensorList ignore_boxes,
+                                              at::IntArrayRef lattice_ints, at::ArrayRef<double> lattice_floats,
+                                              double pos_iou, double neg_iou, std::string_view second_pass,
+                                              double ignore_ioa);
 
 }  // namespace group_sampling

@@ -1,23 +1,16 @@
 #include "match_anchors.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include "checks.h"
+#include "parse.h"
 
 namespace group_sampling {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
-                                                             const std::optional<at::Tensor>& ignore_boxes,
-                                                             double pos_iou, double neg_iou,
-                                                             std::string_view second_pass, double ignore_ioa) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("group_sampling::match_anchors", "")
-                             .typed<decltype(match_anchors)>();
-  return op.call(anchors, gt_boxes, ignore_boxes, pos_iou, neg_iou, second_pass, ignore_ioa);
-}
-
-MatchOptions check_match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
-                                 const std::optional<at::Tensor>& ignore_boxes, double pos_iou, double neg_iou,
-                                 std::string_view second_pass, double ignore_ioa) {
+MatchAnchorsCall prepare_match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
+                                       const std::optional<at::Tensor>& ignore_boxes, double pos_iou, double neg_iou,
+                                       std::string_view second_pass, double ignore_ioa) {
   constexpr const char* op = "match_anchors";
   check_boxes(op, "anchors", anchors);
   check_boxes(op, "gt_boxes", gt_boxes);
@@ -26,7 +19,10 @@ MatchOptions check_match_anchors(const at::Tensor& anchors, const at::Tensor& gt
     check_boxes(op, "ignore_boxes", *ignore_boxes);
     check_same_kind(op, "ignore_boxes", anchors, *ignore_boxes);
   }
-  return check_match_options(op, pos_iou, neg_iou, second_pass, ignore_ioa);
+  return {anchors.contiguous(), gt_boxes.contiguous(),
+          ignore_boxes.has_value() ? ignore_boxes->contiguous() : at::empty({0, 4}, anchors.options()),
+          parse_match_options(op, pos_iou, neg_iou, second_pass, ignore_ioa),
+          empty_match_result({anchors.size(0)}, anchors.options())};
 }
 
 }  // namespace group_sampling

@@ -13,20 +13,20 @@
 
 #include <optional>
 #include <string_view>
-#include <tuple>
 
-#include "checks.h"
+#include "match_result.h"
+#include "options.h"
 
 namespace group_sampling {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
-                                                             const std::optional<at::Tensor>& ignore_boxes,
-                                                             double pos_iou, double neg_iou,
-                                                             std::string_view second_pass, double ignore_ioa);
+struct MatchAnchorsCall {
+  at::Tensor anchors, gt_boxes, ignore_boxes;  // contiguous; (0, 4) without ignore boxes
+  MatchOptions options;
+  MatchResult out;  // (n,)
+};
 
-// For the kernels: shapes, dtypes, devices and thresholds.
-MatchOptions check_match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
-                                 const std::optional<at::Tensor>& ignore_boxes, double pos_iou, double neg_iou,
-                                 std::string_view second_pass, double ignore_ioa);
+MatchAnchorsCall prepare_match_anchors(const at::Tensor& anchors, const at::Tensor& gt_boxes,
+                                       const std::optional<at::Tensor>& ignore_boxes, double pos_iou, double neg_iou,
+                                       std::string_view second_pass, double ignore_ioa);
 
 }  // namespace group_sampling

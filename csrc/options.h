@@ -1,12 +1,11 @@
-// What the operators pass to their kernels once the arguments are checked.
+// Options of the operators, parsed.
 #pragma once
 
 #include <cstdint>
-#include <vector>
-
-#include "anchor_grid.h"
 
 namespace group_sampling {
+
+constexpr double kMinThreshold = 1e-30;  // smaller ones leave float32's range once areas are involved
 
 enum class SecondPass { kAll, kBest, kNone };
 
@@ -20,13 +19,6 @@ struct DrawOptions {
   int64_t samples_per_group;  // N
   int64_t max_positives;      // floor(N * positive_fraction)
   int64_t seed, iteration, first_image;
-};
-
-// Lattices level by level: all lattices of a level have the same height, width and step, and their number is step.
-struct GridLayout {
-  std::vector<Lattice> lattices;
-  std::vector<int64_t> group_sizes;
-  int64_t num_anchors = 0;
 };
 
 }  // namespace group_sampling

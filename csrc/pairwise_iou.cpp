@@ -1,23 +1,18 @@
 #include "pairwise_iou.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "checks.h"
 
 namespace group_sampling {
 
-at::Tensor pairwise_iou(const at::Tensor& boxes1, const at::Tensor& boxes2) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("group_sampling::pairwise_iou", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
-  return op.call(boxes1, boxes2);
-}
-
-void check_pairwise_iou(const at::Tensor& boxes1, const at::Tensor& boxes2) {
-  check_boxes("pairwise_iou", "boxes1", boxes1);
-  check_boxes("pairwise_iou", "boxes2", boxes2);
-  check_same_kind("pairwise_iou", "boxes2", boxes1, boxes2);
+PairwiseIouCall prepare_pairwise_iou(const at::Tensor& boxes1, const at::Tensor& boxes2) {
+  constexpr const char* op = "pairwise_iou";
+  check_boxes(op, "boxes1", boxes1);
+  check_boxes(op, "boxes2", boxes2);
+  check_same_kind(op, "boxes2", boxes1, boxes2);
+  return {boxes1.contiguous(), boxes2.contiguous(), at::empty({boxes1.size(0), boxes2.size(0)}, boxes1.options())};
 }
 
 }  // namespace group_sampling

@@ -8,9 +8,11 @@
 
 namespace group_sampling {
 
-at::Tensor pairwise_iou(const at::Tensor& boxes1, const at::Tensor& boxes2);
+struct PairwiseIouCall {
+  at::Tensor boxes1, boxes2;  // contiguous
+  at::Tensor out;
+};
 
-// For the kernels: shapes, dtypes and devices.
-void check_pairwise_iou(const at::Tensor& boxes1, const at::Tensor& boxes2);
+PairwiseIouCall prepare_pairwise_iou(const at::Tensor& boxes1, const at::Tensor& boxes2);
 
 }  // namespace group_sampling

@@ -1,50 +1,49 @@
 #include "sample_groups.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <utility>
+
+#include "parse.h"
 
 namespace group_sampling {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_groups(const at::Tensor& labels,
-                                                             const std::optional<at::Tensor>& group_ids,
-                                                             at::IntArrayRef lattice_ints, int64_t num_groups,
-                                                             int64_t samples_per_group, double positive_fraction,
-                                                             int64_t seed, int64_t iteration, int64_t first_image) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("group_sampling::sample_groups", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const std::optional<at::Tensor>&, c10::SymIntArrayRef, c10::SymInt,
-                                 c10::SymInt, double, c10::SymInt, c10::SymInt, c10::SymInt)>();
-  return op.call(labels, group_ids, c10::fromIntArrayRefSlow(lattice_ints), num_groups, samples_per_group,
-                 positive_fraction, seed, iteration, first_image);
-}
-
-GridLayout check_sample_groups(const at::Tensor& labels, const std::optional<at::Tensor>& group_ids,
-                               at::IntArrayRef lattice_ints, int64_t num_groups) {
+SampleGroupsCall prepare_sample_groups(const at::Tensor& labels, const std::optional<at::Tensor>& group_ids,
+                                       at::IntArrayRef lattice_ints, int64_t num_groups, int64_t samples_per_group,
+                                       double positive_fraction, int64_t seed, int64_t iteration, int64_t first_image) {
   constexpr const char* op = "sample_groups";
-  TORCH_CHECK_VALUE(labels.dim() == 2, op, ": labels must have shape (B, n), got ", labels.sizes());
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kChar, op, ": labels must be int8, got ", labels.scalar_type());
-  TORCH_CHECK_VALUE(num_groups >= 0, op, ": num_groups must not be negative, got ", num_groups);
+  TORCH_CHECK_VALUE(labels.dim() == 2, op, ": expected labels of shape (B, n), got ", labels.sizes());
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kChar, op, ": expected int8 labels, got ", labels.scalar_type());
+  const DrawOptions options =
+      parse_draw_options(op, samples_per_group, positive_fraction, seed, iteration, first_image);
   GridLayout layout;
   int64_t num_anchors = 0;
   if (group_ids.has_value()) {
-    TORCH_CHECK_TYPE(group_ids->scalar_type() == at::kLong, op, ": group_ids must be int64, got ",
+    TORCH_CHECK_VALUE(num_groups >= 0, op, ": expected num_groups >= 0, got ", num_groups);
+    TORCH_CHECK_TYPE(group_ids->scalar_type() == at::kLong, op, ": expected int64 group_ids, got ",
                      group_ids->scalar_type());
-    TORCH_CHECK_VALUE(group_ids->dim() == 1 && group_ids->size(0) <= std::numeric_limits<int32_t>::max(), op,
-                      ": group_ids must have shape (n,), n < 2^31, got ", group_ids->sizes());
-    TORCH_CHECK_VALUE(group_ids->device() == labels.device(), op, ": group_ids must be on ", labels.device(),
-                      " like labels, got ", group_ids->device());
-    TORCH_CHECK_VALUE(lattice_ints.empty(), op, ": takes group_ids or lattices, got both");
+    TORCH_CHECK_VALUE(group_ids->dim() == 1 && group_ids->size(0) <= kMaxCells, op,
+                      ": expected group_ids of shape (n,), n < 2^31, got ", group_ids->sizes());
+    TORCH_CHECK_VALUE(group_ids->device() == labels.device(), op, ": expected group_ids on the labels' device, ",
+                      labels.device(), ", got ", group_ids->device());
+    TORCH_CHECK_VALUE(lattice_ints.empty(), op, ": expected group_ids or lattices, got both");
     num_anchors = group_ids->size(0);
   } else {
-    layout = check_lattices(op, lattice_ints, {}, num_groups);
+    layout = parse_grid_layout(op, lattice_ints, {}, num_groups);
     num_anchors = layout.num_anchors;
   }
-  TORCH_CHECK_VALUE(labels.size(1) == num_anchors, op, ": labels must have one entry per anchor, ", num_anchors,
-                    ", got shape ", labels.sizes());
-  return layout;
+  TORCH_CHECK_VALUE(labels.size(1) == num_anchors, op, ": expected one label per anchor, ", num_anchors, ", got shape ",
+                    labels.sizes());
+  const int64_t num_images = labels.size(0);
+  const auto long_options = labels.options().dtype(at::kLong);
+  return {labels.contiguous(),
+          group_ids.has_value() ? group_ids->contiguous() : at::Tensor(),
+          std::move(layout),
+          num_groups,
+          options,
+          {at::empty({num_images, num_groups, samples_per_group}, long_options),
+           at::empty({num_images, num_groups}, long_options), at::empty({num_images, num_groups}, long_options)}};
 }
 
 }  // namespace group_sampling

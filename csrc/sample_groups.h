@@ -15,18 +15,22 @@
 #include <optional>
 #include <tuple>
 
-#include "checks.h"
+#include "grid_layout.h"
+#include "options.h"
 
 namespace group_sampling {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_groups(const at::Tensor& labels,
-                                                             const std::optional<at::Tensor>& group_ids,
-                                                             at::IntArrayRef lattice_ints, int64_t num_groups,
-                                                             int64_t samples_per_group, double positive_fraction,
-                                                             int64_t seed, int64_t iteration, int64_t first_image);
+struct SampleGroupsCall {
+  at::Tensor labels;     // contiguous
+  at::Tensor group_ids;  // contiguous; undefined for a grid
+  GridLayout layout;     // empty for group_ids
+  int64_t num_groups;
+  DrawOptions options;
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> out;  // indices, num_pos, num_neg
+};
 
-// For the kernels: shapes, dtypes and devices. The layout is empty when group_ids are given.
-GridLayout check_sample_groups(const at::Tensor& labels, const std::optional<at::Tensor>& group_ids,
-                               at::IntArrayRef lattice_ints, int64_t num_groups);
+SampleGroupsCall prepare_sample_groups(const at::Tensor& labels, const std::optional<at::Tensor>& group_ids,
+                                       at::IntArrayRef lattice_ints, int64_t num_groups, int64_t samples_per_group,
+                                       double positive_fraction, int64_t seed, int64_t iteration, int64_t first_image);
 
 }  // namespace group_sampling

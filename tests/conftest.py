@@ -14,7 +14,9 @@ import torch
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+# Real annotations, photographs and published results, which are not ours to ship.
+TEST_DATA = REPOSITORY / os.environ.get("GS_TEST_DATA", "../shared/data")
+NO_TEST_DATA = f"no real data in {TEST_DATA}: set GS_TEST_DATA to its folder"
 
 # No deadline: a busy machine is not a failure. derandomize: a red run is red again.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
@@ -23,10 +25,10 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real annotations and photographs, which are not ours to ship."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("real WIDER FACE data is absent (../shared/data)")
-    return SHARED_DATA
+    """Folder of the real data; a test that asks for it is skipped without."""
+    if not TEST_DATA.is_dir():
+        pytest.skip(NO_TEST_DATA)
+    return TEST_DATA
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
     has_detectron2 = importlib.util.find_spec("detectron2") is not None
     write = terminalreporter.write_line
     terminalreporter.section("what this run covered")
-    has_gpu, has_data = torch.cuda.is_available(), SHARED_DATA.is_dir()
+    has_gpu, has_data = torch.cuda.is_available(), TEST_DATA.is_dir()
     write(f"engines   : torchvision{', detectron2' if has_detectron2 else '; Detectron2 is not installed (README.md)'}")
     if not status.loaded:
         operators = f"torch reference only; no extension: {status.reason}"
@@ -69,7 +71,7 @@ def pytest_terminal_summary(terminalreporter, config):
         operators = f"torch reference, C++; no CUDA kernels: {status.reason}"
     write(f"operators : {operators}")
     write(f"devices   : cpu{', cuda' if has_gpu else '; no GPU is visible, so no CUDA kernel was run'}")
-    write(f"data      : synthetic{', real WIDER FACE' if has_data else '; real WIDER FACE is absent (../shared/data)'}")
+    write(f"data      : synthetic{', real WIDER FACE' if has_data else f'; {NO_TEST_DATA}'}")
     write(f"selection : {config.getoption('-m') or 'all tests'}")
     reasons = Counter()
     for report in terminalreporter.stats.get("skipped", []):

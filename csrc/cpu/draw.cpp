@@ -5,9 +5,6 @@
 namespace group_sampling {
 namespace {
 
-// Members are independent of each other: a batch of halves goes through the rounds side by side, one to a lane.
-constexpr int64_t kBatch = 64;
-
 GS_CPU_CLONES void encrypt_batch(const Permutation& p, uint32_t* GS_RESTRICT left, uint32_t* GS_RESTRICT right) {
   const uint32_t a = p.a, b = p.b;
   for (int r = 0; r < p.rounds; r += 2) {

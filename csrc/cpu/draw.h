@@ -11,6 +11,9 @@
 
 namespace group_sampling {
 
+// Members are independent of each other: a batch of them goes through the rounds side by side, one to a lane.
+constexpr int64_t kBatch = 64;
+
 // ranks[i] = rank_of(p, members[i]).
 void ranks_of(const Permutation& p, const uint32_t* members, int64_t count, uint32_t* ranks);
 // members[i] = member_at(p, first_rank + i); first_rank + count <= p.size.
@@ -50,7 +53,6 @@ std::pair<int64_t, int64_t> draw_group(int64_t size, const DrawOptions& options,
   }
 
   int64_t missing_neg = num_neg;
-  constexpr int64_t kBatch = 64;
   uint32_t members[kBatch];
   for (int64_t rank = 0; missing_pos + missing_neg > 0; rank += kBatch) {
     const int64_t count = std::min(kBatch, size - rank);

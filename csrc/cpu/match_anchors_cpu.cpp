@@ -1,6 +1,5 @@
 // Dense matching of arbitrary anchors: blocks of anchors against the ground truths that can reach the block at all.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,11 +8,12 @@
 #include <memory>
 #include <vector>
 
-#include "../box_geometry.h"
+#include "../kernel.h"
 #include "../match_anchors.h"
 #include "columns.h"
 #include "multiversion.h"
 #include "parallel.h"
+#include "tensor_boxes.h"
 
 namespace group_sampling {
 namespace {
@@ -27,35 +27,18 @@ struct Block {
   int32_t gt[kBlock];
 };
 
-// What all anchors of a block have in common: nothing outside it reaches min_iou with any of them.
-template <typename T>
-struct Reach {
-  T x1, y1, x2, y2;      // hull
-  T min_area, max_area;  // of a ground truth
-};
-
 template <typename T>
 Reach<T> load_block(const Box<T>* anchors, int64_t count, T min_iou, Block<T>& block) {
-  constexpr T inf = std::numeric_limits<T>::infinity();
-  Reach<T> reach{inf, inf, -inf, -inf, T(0), inf};
-  T smallest = inf, largest = T(0);
+  Reach<T> reach = empty_reach<T>();
   for (int64_t i = 0; i < kBlock; ++i) {
     const Box<T> box = i < count ? anchors[i] : Box<T>{};  // an empty box pads the last block
     block.x1[i] = box.x1, block.y1[i] = box.y1, block.x2[i] = box.x2, block.y2[i] = box.y2;
     block.area[i] = box_area(box);
     block.iou[i] = T(0);
     block.gt[i] = 0;
-    if (!is_valid(box)) continue;
-    reach.x1 = std::min(reach.x1, box.x1), reach.y1 = std::min(reach.y1, box.y1);
-    reach.x2 = std::max(reach.x2, box.x2), reach.y2 = std::max(reach.y2, box.y2);
-    smallest = std::min(smallest, block.area[i]), largest = std::max(largest, block.area[i]);
+    extend_reach(reach, box);
   }
-  // The intersection is at most either area, so the areas differ by at most 1 / min_iou; 1e-5 covers rounding, and
-  // areas so small that they lose precision are not bounded.
-  const double low = static_cast<double>(min_iou) * static_cast<double>(smallest) * (1.0 - 1e-5);
-  const double high = static_cast<double>(largest) / static_cast<double>(min_iou) * (1.0 + 1e-5);
-  if (low > 1e-30 && low < 1e30) reach.min_area = static_cast<T>(low);
-  if (high > 1e-30 && high < 1e30) reach.max_area = static_cast<T>(high);
+  widen_areas(reach, min_iou);
   return reach;
 }
 
@@ -64,8 +47,7 @@ GS_ALWAYS_INLINE void find_reachable(const Reach<T>& reach, const Columns<T>& gt
   const T *GS_RESTRICT x1 = gts.x1.data(), *GS_RESTRICT y1 = gts.y1.data(), *GS_RESTRICT x2 = gts.x2.data(),
                        *GS_RESTRICT y2 = gts.y2.data(), *GS_RESTRICT area = gts.area.data();
   for (int64_t j = 0; j < count; ++j) {
-    keep[j] = (x1[j] < reach.x2) & (x2[j] > reach.x1) & (y1[j] < reach.y2) & (y2[j] > reach.y1) &
-              (area[j] >= reach.min_area) & (area[j] <= reach.max_area);
+    keep[j] = meets_hull(reach, Box<T>{x1[j], y1[j], x2[j], y2[j]}) & has_near_area(reach, area[j]);
   }
 }
 
@@ -100,17 +82,18 @@ GS_CPU_CLONES void match_block_on(Block<double>& block, const Reach<double>& rea
   match_block(block, reach, gts, columns, count, keep);
 }
 
+// Pass 2.
 template <typename T>
-void second_pass(const MatchOptions& options, int64_t num_anchors, int64_t num_gts, const std::atomic<uint8_t>* taken,
-                 int8_t* labels, const int64_t* matched_gt, const T* best_iou) {
-  if (options.second_pass == SecondPass::kNone || num_gts == 0) return;
+void promote(SecondPass policy, int64_t num_anchors, int64_t num_gts, const std::atomic<uint8_t>* taken,
+             const MatchOutput<T>& out) {
+  if (policy == SecondPass::kNone || num_gts == 0) return;
   const auto is_candidate = [&](int64_t i) {
-    return labels[i] == -1 && !taken[matched_gt[i]].load(std::memory_order_relaxed);
+    return out.labels[i] == -1 && !taken[out.matched_gt[i]].load(std::memory_order_relaxed);
   };
-  if (options.second_pass == SecondPass::kAll) {
-    at::parallel_for(0, num_anchors, 16384, [&](int64_t begin, int64_t end) {
+  if (policy == SecondPass::kAll) {
+    for_each_range(num_anchors, num_anchors, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (is_candidate(i)) labels[i] = 1;
+        if (is_candidate(i)) out.labels[i] = 1;
       }
     });
     return;
@@ -118,11 +101,11 @@ void second_pass(const MatchOptions& options, int64_t num_anchors, int64_t num_g
   std::vector<int64_t> best(num_gts, -1);
   for (int64_t i = 0; i < num_anchors; ++i) {
     if (!is_candidate(i)) continue;
-    int64_t& other = best[matched_gt[i]];
-    if (other < 0 || best_iou[i] > best_iou[other]) other = i;
+    int64_t& other = best[out.matched_gt[i]];
+    if (other < 0 || out.best_iou[i] > out.best_iou[other]) other = i;
   }
   for (const int64_t i : best) {
-    if (i >= 0) labels[i] = 1;
+    if (i >= 0) out.labels[i] = 1;
   }
 }
 
@@ -130,7 +113,8 @@ template <typename T>
 void ignore_covered(const Box<T>* anchors, int64_t num_anchors, const std::vector<Box<T>>& regions, T min_share,
                     int8_t* labels) {
   if (regions.empty()) return;
-  at::parallel_for(0, num_anchors, 4096, [&](int64_t begin, int64_t end) {
+  const int64_t work = num_anchors * (1 + static_cast<int64_t>(regions.size()));
+  for_each_range(work, num_anchors, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (size_t k = 0; labels[i] == 0 && k < regions.size(); ++k) {
         if (is_covered(anchors[i], regions[k], min_share)) labels[i] = -1;
@@ -140,12 +124,12 @@ void ignore_covered(const Box<T>* anchors, int64_t num_anchors, const std::vecto
 }
 
 template <typename T>
-void run(const at::Tensor& anchor_tensor, const at::Tensor& gt_tensor, const at::Tensor& ignore_tensor,
-         const MatchOptions& options, int8_t* labels, int64_t* matched_gt, T* best_iou) {
-  const auto* anchors = reinterpret_cast<const Box<T>*>(anchor_tensor.const_data_ptr<T>());
-  const auto* gts = reinterpret_cast<const Box<T>*>(gt_tensor.const_data_ptr<T>());
-  const int64_t num_anchors = anchor_tensor.size(0), num_gts = gt_tensor.size(0);
-  const T pos_iou = static_cast<T>(options.pos_iou), neg_iou = static_cast<T>(options.neg_iou);
+void match_densely(const MatchAnchorsCall& call) {
+  const auto* anchors = boxes_of<T>(call.anchors);
+  const auto* gts = boxes_of<T>(call.gt_boxes);
+  const int64_t num_anchors = call.anchors.size(0), num_gts = call.gt_boxes.size(0);
+  const T pos_iou = static_cast<T>(call.options.pos_iou), neg_iou = static_cast<T>(call.options.neg_iou);
+  const MatchOutput<T> out(call.out);
   const Columns<T> columns(gts, num_gts);
   const auto taken = std::make_unique<std::atomic<uint8_t>[]>(num_gts);
 
@@ -165,49 +149,30 @@ void run(const at::Tensor& anchor_tensor, const at::Tensor& gt_tensor, const at:
       for (int64_t i = 0; i < count; ++i) {
         const T iou = block.iou[i];
         const bool matched = iou >= neg_iou, positive = iou >= pos_iou;
-        labels[first + i] = positive ? 1 : matched ? -1 : 0;
-        matched_gt[first + i] = matched ? block.gt[i] : -1;
-        best_iou[first + i] = matched ? iou : T(0);
+        out.labels[first + i] = positive ? 1 : matched ? -1 : 0;
+        out.matched_gt[first + i] = matched ? block.gt[i] : -1;
+        out.best_iou[first + i] = matched ? iou : T(0);
         if (positive) taken[block.gt[i]].store(1, std::memory_order_relaxed);
       }
     }
   });
-  second_pass(options, num_anchors, num_gts, taken.get(), labels, matched_gt, best_iou);
+  promote(call.options.second_pass, num_anchors, num_gts, taken.get(), out);
 
   std::vector<Box<T>> regions;
-  if (ignore_tensor.defined()) {
-    const auto* boxes = reinterpret_cast<const Box<T>*>(ignore_tensor.const_data_ptr<T>());
-    for (int64_t k = 0; k < ignore_tensor.size(0); ++k) {
-      if (is_valid(boxes[k])) regions.push_back(boxes[k]);
-    }
+  const auto* ignores = boxes_of<T>(call.ignore_boxes);
+  for (int64_t k = 0; k < call.ignore_boxes.size(0); ++k) {
+    if (is_valid(ignores[k])) regions.push_back(ignores[k]);
   }
-  ignore_covered(anchors, num_anchors, regions, static_cast<T>(options.ignore_ioa), labels);
+  ignore_covered(anchors, num_anchors, regions, static_cast<T>(call.options.ignore_ioa), out.labels);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> match_anchors_cpu(const at::Tensor& anchors, const at::Tensor& gt_boxes,
-                                                                 const std::optional<at::Tensor>& ignore_boxes,
-                                                                 double pos_iou, double neg_iou,
-                                                                 std::string_view second_pass_policy,
-                                                                 double ignore_ioa) {
-  const MatchOptions options =
-      check_match_anchors(anchors, gt_boxes, ignore_boxes, pos_iou, neg_iou, second_pass_policy, ignore_ioa);
-  const at::Tensor boxes = anchors.contiguous(), gts = gt_boxes.contiguous();
-  const at::Tensor ignores = ignore_boxes.has_value() ? ignore_boxes->contiguous() : at::Tensor();
-  const int64_t n = boxes.size(0);
-  at::Tensor labels = at::empty({n}, boxes.options().dtype(at::kChar));
-  at::Tensor matched_gt = at::empty({n}, boxes.options().dtype(at::kLong));
-  at::Tensor best_iou = at::empty({n}, boxes.options());
-  auto* label_data = labels.mutable_data_ptr<int8_t>();
-  auto* gt_data = matched_gt.mutable_data_ptr<int64_t>();
-  if (boxes.scalar_type() == at::kFloat) {
-    run<float>(boxes, gts, ignores, options, label_data, gt_data, best_iou.mutable_data_ptr<float>());
-  } else {
-    run<double>(boxes, gts, ignores, options, label_data, gt_data, best_iou.mutable_data_ptr<double>());
-  }
-  return {labels, matched_gt, best_iou};
+void match_anchors_cpu(const MatchAnchorsCall& call) {
+  AT_DISPATCH_FLOATING_TYPES(call.anchors.scalar_type(), "match_anchors", [&] { match_densely<scalar_t>(call); });
 }
+
+using MatchAnchorsCpu = Kernel<prepare_match_anchors, match_anchors_cpu>;
 
 }  // namespace
 }  // namespace group_sampling
 
-TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("match_anchors", TORCH_FN(group_sampling::match_anchors_cpu)); }
+TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("match_anchors", TORCH_FN(group_sampling::MatchAnchorsCpu::call)); }

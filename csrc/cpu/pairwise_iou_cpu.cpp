@@ -1,11 +1,12 @@
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-#include "../box_geometry.h"
+#include "../kernel.h"
 #include "../pairwise_iou.h"
 #include "columns.h"
 #include "multiversion.h"
+#include "parallel.h"
+#include "tensor_boxes.h"
 
 namespace group_sampling {
 namespace {
@@ -35,31 +36,20 @@ GS_CPU_CLONES void iou_rows(const Box<double>* boxes, int64_t begin, int64_t end
   }
 }
 
-template <typename T>
-void run(const at::Tensor& boxes1, const at::Tensor& boxes2, const at::Tensor& out) {
-  const auto* rows = reinterpret_cast<const Box<T>*>(boxes1.const_data_ptr<T>());
-  const Columns<T> columns(reinterpret_cast<const Box<T>*>(boxes2.const_data_ptr<T>()), boxes2.size(0));
-  const int64_t m = boxes2.size(0);
-  T* data = out.mutable_data_ptr<T>();
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(m, 1));
-  at::parallel_for(0, boxes1.size(0), grain,
-                   [&](int64_t begin, int64_t end) { iou_rows(rows, begin, end, columns, m, data); });
+void pairwise_iou_cpu(const PairwiseIouCall& call) {
+  const int64_t n = call.boxes1.size(0), m = call.boxes2.size(0);
+  if (n * m == 0) return;
+  AT_DISPATCH_FLOATING_TYPES(call.out.scalar_type(), "pairwise_iou", [&] {
+    const auto* rows = boxes_of<scalar_t>(call.boxes1);
+    const Columns<scalar_t> columns(boxes_of<scalar_t>(call.boxes2), m);
+    auto* out = call.out.mutable_data_ptr<scalar_t>();
+    for_each_range(n * m / 4, n, [&](int64_t begin, int64_t end) { iou_rows(rows, begin, end, columns, m, out); });
+  });
 }
 
-at::Tensor pairwise_iou_cpu(const at::Tensor& boxes1, const at::Tensor& boxes2) {
-  check_pairwise_iou(boxes1, boxes2);
-  const at::Tensor first = boxes1.contiguous(), second = boxes2.contiguous();
-  at::Tensor out = at::empty({first.size(0), second.size(0)}, first.options());
-  if (out.numel() == 0) return out;
-  if (first.scalar_type() == at::kFloat) {
-    run<float>(first, second, out);
-  } else {
-    run<double>(first, second, out);
-  }
-  return out;
-}
+using PairwiseIouCpu = Kernel<prepare_pairwise_iou, pairwise_iou_cpu>;
 
 }  // namespace
 }  // namespace group_sampling
 
-TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("pairwise_iou", TORCH_FN(group_sampling::pairwise_iou_cpu)); }
+TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("pairwise_iou", TORCH_FN(group_sampling::PairwiseIouCpu::call)); }

@@ -1,10 +1,11 @@
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
+#include "../kernel.h"
 #include "../sample_groups.h"
 #include "draw.h"
 #include "parallel.h"
@@ -16,14 +17,14 @@ namespace {
 class LatticeMembers {
  public:
   explicit LatticeMembers(const GridLayout& layout) : lattices_(layout.lattices), of_group_(layout.group_sizes.size()) {
-    for (const Lattice& lattice : lattices_) of_group_[lattice.group].push_back(&lattice);
+    for (const Lattice& lattice : lattices_) of_group_[lattice.group].push_back(lattice);
   }
 
   int64_t anchor(int64_t group, uint32_t member) const {
     const auto& owned = of_group_[group];
-    size_t i = owned.size() - 1;
-    while (owned[i]->first_member > member) --i;
-    return owned[i]->start + owned[i]->step * (member - owned[i]->first_member);
+    int64_t lattice, cell;
+    locate_member(owned.data(), static_cast<int64_t>(owned.size()), group, member, &lattice, &cell);
+    return anchor_of_cell(owned[lattice], cell);
   }
 
   // Calls visit(group, member) for an anchor; anchors must come in ascending order.
@@ -33,27 +34,22 @@ class LatticeMembers {
 
     template <typename Visit>
     void visit(int64_t anchor, const Visit& visit) {
-      while (anchor - lattices_[level_].start >= level_size()) level_ += lattices_[level_].step;
-      const int64_t in_level = anchor - lattices_[level_].start, step = lattices_[level_].step;
-      const Lattice& lattice = lattices_[level_ + in_level % step];
-      visit(lattice.group, static_cast<uint32_t>(lattice.first_member + in_level / step));
+      const AnchorPlace place = locate_anchor(lattices_.data(), anchor, level_);
+      level_ = place.level;
+      const Lattice& lattice = lattices_[place.lattice];
+      visit(lattice.group, static_cast<uint32_t>(member_of_cell(lattice, place.cell)));
     }
 
    private:
-    int64_t level_size() const {
-      const Lattice& first = lattices_[level_];
-      return first.step * first.height * first.width;
-    }
-
     const std::vector<Lattice>& lattices_;
-    int64_t level_ = 0;  // index of its first lattice
+    int64_t level_ = 0;
   };
 
   Cursor cursor() const { return Cursor(lattices_); }
 
  private:
   const std::vector<Lattice>& lattices_;
-  std::vector<std::vector<const Lattice*>> of_group_;
+  std::vector<std::vector<Lattice>> of_group_;
 };
 
 // The same for explicit group ids: members in ascending order of anchors.
@@ -138,62 +134,47 @@ ImageGroups scan_labels(const int8_t* labels, int64_t num_anchors, int64_t num_g
 }
 
 template <typename Members>
-void run(const at::Tensor& labels, const std::vector<int64_t>& group_sizes, const Members& members,
-         const DrawOptions& options, int64_t* indices, int64_t* num_pos, int64_t* num_neg) {
-  const int64_t num_images = labels.size(0), n = labels.size(1);
-  const auto num_groups = static_cast<int64_t>(group_sizes.size());
-  const auto* label_data = labels.const_data_ptr<int8_t>();
+void sample_images(const SampleGroupsCall& call, const std::vector<int64_t>& group_sizes, const Members& members) {
+  const int64_t num_images = call.labels.size(0), n = call.labels.size(1), num_groups = call.num_groups;
+  const auto* labels = call.labels.const_data_ptr<int8_t>();
   std::vector<ImageGroups> images(num_images);
   for_each_task(threads_for(num_images * n / 8, num_images), num_images, [&](int64_t, int64_t image) {
-    images[image] = scan_labels(label_data + image * n, n, num_groups, members);
+    images[image] = scan_labels(labels + image * n, n, num_groups, members);
   });
 
+  auto* indices = std::get<0>(call.out).mutable_data_ptr<int64_t>();
+  auto* num_pos = std::get<1>(call.out).mutable_data_ptr<int64_t>();
+  auto* num_neg = std::get<2>(call.out).mutable_data_ptr<int64_t>();
   const int64_t num_tasks = num_images * num_groups;
-  const int64_t per_group = options.samples_per_group;
+  const int64_t per_group = call.options.samples_per_group;
   for_each_task(threads_for(num_tasks * per_group * 8, num_tasks), num_tasks, [&](int64_t, int64_t task) {
     const int64_t image = task / num_groups, group = task % num_groups;
     const auto& positives = images[image].positives[group];
-    const int8_t* image_labels = label_data + image * n;
+    const int8_t* image_labels = labels + image * n;
     int64_t* places = indices + task * per_group;
     std::fill_n(places, per_group, int64_t(-1));
     const int64_t num_negatives =
         group_sizes[group] - static_cast<int64_t>(positives.size()) - images[image].num_other[group];
     std::tie(num_pos[task], num_neg[task]) = draw_group(
-        group_sizes[group], options, image, group, positives, num_negatives,
+        group_sizes[group], call.options, image, group, positives, num_negatives,
         [&](uint32_t member) { return image_labels[members.anchor(group, member)]; },
         [&](int64_t place, int64_t index) { places[place] = members.anchor(group, positives[index]); },
         [&](int64_t place, uint32_t member) { places[place] = members.anchor(group, member); });
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_groups_cpu(const at::Tensor& labels,
-                                                                 const std::optional<at::Tensor>& group_ids,
-                                                                 at::IntArrayRef lattice_ints, int64_t num_groups,
-                                                                 int64_t samples_per_group, double positive_fraction,
-                                                                 int64_t seed, int64_t iteration, int64_t first_image) {
-  const GridLayout layout = check_sample_groups(labels, group_ids, lattice_ints, num_groups);
-  const DrawOptions options =
-      check_draw_options("sample_groups", samples_per_group, positive_fraction, seed, iteration, first_image);
-  const auto long_options = labels.options().dtype(at::kLong);
-  const int64_t num_images = labels.size(0);
-  at::Tensor indices = at::empty({num_images, num_groups, samples_per_group}, long_options);
-  at::Tensor num_pos = at::empty({num_images, num_groups}, long_options);
-  at::Tensor num_neg = at::empty({num_images, num_groups}, long_options);
-  const at::Tensor image_labels = labels.contiguous();
-  auto* index_data = indices.mutable_data_ptr<int64_t>();
-  auto* pos_data = num_pos.mutable_data_ptr<int64_t>();
-  auto* neg_data = num_neg.mutable_data_ptr<int64_t>();
-  if (group_ids.has_value()) {
-    const at::Tensor ids = group_ids->contiguous();
-    const IdMembers members(ids.const_data_ptr<int64_t>(), ids.size(0), num_groups);
-    run(image_labels, members.sizes(), members, options, index_data, pos_data, neg_data);
+void sample_groups_cpu(const SampleGroupsCall& call) {
+  if (call.group_ids.defined()) {
+    const IdMembers members(call.group_ids.const_data_ptr<int64_t>(), call.group_ids.size(0), call.num_groups);
+    sample_images(call, members.sizes(), members);
   } else {
-    run(image_labels, layout.group_sizes, LatticeMembers(layout), options, index_data, pos_data, neg_data);
+    sample_images(call, call.layout.group_sizes, LatticeMembers(call.layout));
   }
-  return {indices, num_pos, num_neg};
 }
+
+using SampleGroupsCpu = Kernel<prepare_sample_groups, sample_groups_cpu>;
 
 }  // namespace
 }  // namespace group_sampling
 
-TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("sample_groups", TORCH_FN(group_sampling::sample_groups_cpu)); }
+TORCH_LIBRARY_IMPL(group_sampling, CPU, m) { m.impl("sample_groups", TORCH_FN(group_sampling::SampleGroupsCpu::call)); }

@@ -10,12 +10,6 @@
 #include "parallel.h"
 
 namespace group_sampling {
-namespace {
-
-// Columns are visited in blocks of this many: a whole vector, without remainders. Visiting more than the window costs
-// little and changes nothing, because every visited pair is decided by its IoU.
-constexpr int64_t kBlock = 8;
-
 // A window in rows and blocks of columns; `box` is an index into gts or ignores.
 struct BoxWindow {
   int32_t box;
@@ -23,7 +17,7 @@ struct BoxWindow {
 };
 
 // What one lattice of one image has to visit.
-struct Plan {
+struct LatticePlan {
   std::vector<BoxWindow> gts;       // ascending index
   std::vector<BoxWindow> regions;   // ignore boxes
   std::vector<int32_t> band_start;  // CSR over bands: positions in band_gts
@@ -32,14 +26,36 @@ struct Plan {
   int64_t work = 0;
 };
 
+// Ground truths that some anchor took as positive in pass 1. Several threads set the same flag. One more flag, always
+// set, stands for "no ground truth", so that the loops over matches need no branch for it.
+class TakenFlags {
+ public:
+  explicit TakenFlags(int64_t num_gts) : flags_(new std::atomic<uint8_t>[num_gts + 1]()), none_(num_gts) { take(-1); }
+
+  void take(int32_t gt) { flags_[index(gt)].store(1, std::memory_order_relaxed); }
+  bool is_taken(int32_t gt) const { return flags_[index(gt)].load(std::memory_order_relaxed) != 0; }
+
+ private:
+  int64_t index(int32_t gt) const { return gt < 0 ? none_ : gt; }
+
+  std::unique_ptr<std::atomic<uint8_t>[]> flags_;
+  int64_t none_;
+};
+
+namespace {
+
+// Columns are visited in blocks of this many: a whole vector, without remainders. Visiting more than the window costs
+// little and changes nothing, because every visited pair is decided by its IoU.
+constexpr int64_t kBlock = 8;
+
 BoxWindow in_blocks(int64_t box, const Window& window) {
   return {static_cast<int32_t>(box), static_cast<int32_t>(window.row0), static_cast<int32_t>(window.row1),
           static_cast<int32_t>(window.col0 / kBlock), static_cast<int32_t>(window.col1 / kBlock)};
 }
 
 template <typename T>
-Plan make_plan(const Lattice& lattice, const ImageBoxes<T>& image, T neg_iou, T ignore_ioa) {
-  Plan plan;
+LatticePlan make_plan(const Lattice& lattice, const ImageBoxes<T>& image, T neg_iou, T ignore_ioa) {
+  LatticePlan plan;
   for (int64_t j = 0; j < image.num_gts; ++j) {
     const Window window = iou_window(lattice, image.gts[j], neg_iou);
     if (window.row0 <= window.row1) plan.gts.push_back(in_blocks(j, window));
@@ -191,24 +207,8 @@ GS_CPU_CLONES void find_matches(const uint64_t* touched, int64_t words, const do
   mask_blocks(touched, words, iou, neg_iou, masks);
 }
 
-// Ground truths that some anchor took as positive in pass 1. Several threads set the same flag. One more flag, always
-// set, stands for "no ground truth", so that the loops over matches need no branch for it.
-class TakenFlags {
- public:
-  explicit TakenFlags(int64_t num_gts) : flags_(new std::atomic<uint8_t>[num_gts + 1]()), none_(num_gts) { take(-1); }
-
-  void take(int32_t gt) { flags_[index(gt)].store(1, std::memory_order_relaxed); }
-  bool is_taken(int32_t gt) const { return flags_[index(gt)].load(std::memory_order_relaxed) != 0; }
-
- private:
-  int64_t index(int32_t gt) const { return gt < 0 ? none_ : gt; }
-
-  std::unique_ptr<std::atomic<uint8_t>[]> flags_;
-  int64_t none_;
-};
-
 template <typename T>
-void match_band(const Plan& plan, const Lattice& lattice, int64_t band, const ImageBoxes<T>& image, T pos_iou,
+void match_band(const LatticePlan& plan, const Lattice& lattice, int64_t band, const ImageBoxes<T>& image, T pos_iou,
                 T neg_iou, T ignore_ioa, BandBuffer<T>& buffer, TakenFlags& taken, MatchBuffer<T>& matches) {
   const int64_t first_row = band * kBandRows;
   const int64_t last_row = std::min(first_row + kBandRows, lattice.height) - 1;
@@ -264,34 +264,34 @@ void match_band(const Plan& plan, const Lattice& lattice, int64_t band, const Im
   }
 }
 
+// Plans of all lattices of all images; plan p belongs to image p / num_lattices and lattice p % num_lattices.
+template <typename T>
+std::vector<LatticePlan> make_plans(const GridLayout& layout, const std::vector<ImageBoxes<T>>& images, T neg_iou,
+                                    T ignore_ioa) {
+  const auto num_lattices = static_cast<int64_t>(layout.lattices.size());
+  const int64_t num_plans = static_cast<int64_t>(images.size()) * num_lattices;
+  int64_t num_boxes = 0;
+  for (const auto& image : images) num_boxes += image.num_gts + image.num_ignores;
+  std::vector<LatticePlan> plans(num_plans);
+  for_each_task(threads_for(num_boxes * num_lattices * 8, num_plans), num_plans, [&](int64_t, int64_t p) {
+    plans[p] = make_plan(layout.lattices[p % num_lattices], images[p / num_lattices], neg_iou, ignore_ioa);
+  });
+  return plans;
+}
+
 }  // namespace
 
 template <typename T>
 WindowMatches<T>::WindowMatches(const GridLayout& layout, const std::vector<ImageBoxes<T>>& images,
                                 const MatchOptions& options)
-    : num_lattices_(static_cast<int64_t>(layout.lattices.size())) {
+    : lattices_(layout.lattices), num_lattices_(static_cast<int64_t>(layout.lattices.size())) {
   const T pos_iou = static_cast<T>(options.pos_iou), neg_iou = static_cast<T>(options.neg_iou);
   const T ignore_ioa = static_cast<T>(options.ignore_ioa);
-  const int64_t num_plans = static_cast<int64_t>(images.size()) * num_lattices_;
-
-  int64_t num_boxes = 0;
-  for (const auto& image : images) num_boxes += image.num_gts + image.num_ignores;
-  std::vector<Plan> plans(num_plans);
-  for_each_task(threads_for(num_boxes * num_lattices_ * 8, num_plans), num_plans, [&](int64_t, int64_t p) {
-    plans[p] = make_plan(layout.lattices[p % num_lattices_], images[p / num_lattices_], neg_iou, ignore_ioa);
-  });
-
-  int64_t work = 0;
-  first_task_.reserve(num_plans + 1);
-  for (int64_t p = 0; p < num_plans; ++p) {
-    first_task_.push_back(static_cast<int64_t>(tasks_.size()));
-    for (const int32_t band : plans[p].active_bands) tasks_.push_back({p, band, 0, 0, 0});
-    work += plans[p].work;
-  }
-  first_task_.push_back(static_cast<int64_t>(tasks_.size()));
-
+  const std::vector<LatticePlan> plans = make_plans(layout, images, neg_iou, ignore_ioa);
+  const int64_t work = list_tasks(plans);
   std::vector<TakenFlags> taken;
   for (const auto& image : images) taken.emplace_back(image.num_gts);
+
   const auto num_tasks = static_cast<int64_t>(tasks_.size());
   const int64_t num_threads = threads_for(work, num_tasks);
   matches_.resize(num_threads);
@@ -299,48 +299,70 @@ WindowMatches<T>::WindowMatches(const GridLayout& layout, const std::vector<Imag
   for_each_task(num_threads, num_tasks, [&](int64_t thread, int64_t t) {
     Task& task = tasks_[t];
     const int64_t image = task.plan / num_lattices_, lattice = task.plan % num_lattices_;
-    buffers[thread].prepare(layout.lattices[lattice], lattice, task.band * kBandRows);
+    buffers[thread].prepare(lattices_[lattice], lattice, task.band * kBandRows);
     task.thread = thread;
     task.begin = matches_[thread].count;
-    match_band(plans[task.plan], layout.lattices[lattice], task.band, images[image], pos_iou, neg_iou, ignore_ioa,
+    match_band(plans[task.plan], lattices_[lattice], task.band, images[image], pos_iou, neg_iou, ignore_ioa,
                buffers[thread], taken[image], matches_[thread]);
     task.end = matches_[thread].count;
   });
   for (const auto& part : matches_) num_matches_ += part.count;
 
-  if (options.second_pass == SecondPass::kAll) {
-    for_each_task(threads_for(num_matches_, num_tasks), num_tasks, [&](int64_t, int64_t t) {
+  if (options.second_pass == SecondPass::kAll) promote_all(taken);
+  if (options.second_pass == SecondPass::kBest) promote_best(taken, images);
+}
+
+// One task for each band that a box reaches. Returns the work of all.
+template <typename T>
+int64_t WindowMatches<T>::list_tasks(const std::vector<LatticePlan>& plans) {
+  int64_t work = 0;
+  first_task_.reserve(plans.size() + 1);
+  for (size_t p = 0; p < plans.size(); ++p) {
+    first_task_.push_back(static_cast<int64_t>(tasks_.size()));
+    for (const int32_t band : plans[p].active_bands) tasks_.push_back({static_cast<int64_t>(p), band, 0, 0, 0});
+    work += plans[p].work;
+  }
+  first_task_.push_back(static_cast<int64_t>(tasks_.size()));
+  return work;
+}
+
+template <typename T>
+void WindowMatches<T>::promote_all(const std::vector<TakenFlags>& taken) {
+  const auto num_tasks = static_cast<int64_t>(tasks_.size());
+  for_each_task(threads_for(num_matches_, num_tasks), num_tasks, [&](int64_t, int64_t t) {
+    const Task& task = tasks_[t];
+    const TakenFlags& image_taken = taken[task.plan / num_lattices_];
+    for (int64_t i = task.begin; i < task.end; ++i) {
+      Match<T>& match = matches_[task.thread].data[i];
+      match.label = image_taken.is_taken(match.gt) ? match.label : int8_t(1);
+    }
+  });
+}
+
+template <typename T>
+void WindowMatches<T>::promote_best(const std::vector<TakenFlags>& taken, const std::vector<ImageBoxes<T>>& images) {
+  struct Candidate {
+    Match<T>* match = nullptr;
+    int64_t anchor = std::numeric_limits<int64_t>::max();
+  };
+  for (size_t image = 0; image < images.size(); ++image) {
+    std::vector<Candidate> best(images[image].num_gts);
+    for (int64_t t = first_task_[image * num_lattices_]; t < first_task_[(image + 1) * num_lattices_]; ++t) {
       const Task& task = tasks_[t];
-      const TakenFlags& image_taken = taken[task.plan / num_lattices_];
+      const Lattice& lattice = lattices_[task.plan % num_lattices_];
       for (int64_t i = task.begin; i < task.end; ++i) {
         Match<T>& match = matches_[task.thread].data[i];
-        match.label = image_taken.is_taken(match.gt) ? match.label : int8_t(1);
-      }
-    });
-  } else if (options.second_pass == SecondPass::kBest) {
-    struct Candidate {
-      Match<T>* match = nullptr;
-      int64_t anchor = std::numeric_limits<int64_t>::max();
-    };
-    for (size_t image = 0; image < images.size(); ++image) {
-      std::vector<Candidate> best(images[image].num_gts);
-      for (int64_t t = first_task_[image * num_lattices_]; t < first_task_[(image + 1) * num_lattices_]; ++t) {
-        const Task& task = tasks_[t];
-        const Lattice& lattice = layout.lattices[task.plan % num_lattices_];
-        for (int64_t i = task.begin; i < task.end; ++i) {
-          Match<T>& match = matches_[task.thread].data[i];
-          if (taken[image].is_taken(match.gt)) continue;
-          const int64_t anchor = lattice.start + lattice.step * match.cell;
-          Candidate& other = best[match.gt];
-          if (other.match == nullptr || match.iou > other.match->iou ||
-              (match.iou == other.match->iou && anchor < other.anchor)) {
-            other = {&match, anchor};
-          }
+        if (taken[image].is_taken(match.gt)) continue;
+        const int64_t anchor = anchor_of_cell(lattice, match.cell);
+        Candidate& other = best[match.gt];
+        if (other.match == nullptr || match.iou > other.match->iou ||
+            (match.iou == other.match->iou && anchor < other.anchor)) {
+          other = {&match, anchor};
         }
       }
-      for (const Candidate& candidate : best) {
-        if (candidate.match != nullptr) candidate.match->label = 1;
-      }
+    }
+    for (const Candidate& candidate : best) {
+      if (candidate.match != nullptr) candidate.match->label = 1;
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../grid_layout.h"
 #include "../options.h"
 
 namespace group_sampling {
@@ -47,9 +48,13 @@ struct BandMatches {
 
 constexpr int64_t kBandRows = 16;
 
+struct LatticePlan;
+class TakenFlags;
+
 template <typename T>
 class WindowMatches {
  public:
+  // `layout` must outlive the object.
   WindowMatches(const GridLayout& layout, const std::vector<ImageBoxes<T>>& images, const MatchOptions& options);
 
   // Bands of one lattice of one image that hold matches, top to bottom.
@@ -62,11 +67,16 @@ class WindowMatches {
     int64_t thread, begin, end;  // where its matches are
   };
 
+  int64_t list_tasks(const std::vector<LatticePlan>& plans);
+  void promote_all(const std::vector<TakenFlags>& taken);
+  void promote_best(const std::vector<TakenFlags>& taken, const std::vector<ImageBoxes<T>>& images);
+
   BandMatches<T> matches_of(const Task& task) const {
     const Match<T>* data = matches_[task.thread].data.data();
     return {data + task.begin, data + task.end};
   }
 
+  const std::vector<Lattice>& lattices_;
   int64_t num_lattices_;
   int64_t num_matches_ = 0;
   std::vector<MatchBuffer<T>> matches_;  // of each thread

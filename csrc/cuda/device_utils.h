@@ -9,6 +9,8 @@
 namespace group_sampling::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
 
 inline unsigned int blocks_for(int64_t items, int threads = kThreads) {
   constexpr int64_t kMaxBlocks = 1 << 16;  // kernels stride over the rest
@@ -19,6 +21,9 @@ inline unsigned int blocks_for(int64_t items, int threads = kThreads) {
 // First item of this thread and the distance to its next one.
 __device__ inline int64_t grid_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t grid_size() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+__device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 template <typename T>
 __device__ inline Bits<T> to_bits(T value) {
@@ -34,12 +39,74 @@ __device__ inline T from_bits(Bits<T> bits) {
   return value;
 }
 
-// Image that owns item `index` of a concatenation.
-__device__ inline int64_t owner_of(const int64_t* offsets, int64_t count, int64_t index) {
-  int64_t low = 0, high = count;  // offsets[low] <= index < offsets[high]
+template <typename T>
+__device__ inline Box<T> load_box(const AlignedBox<T>* box) {
+  const AlignedBox<T> loaded = *box;
+  return {loaded.x1, loaded.y1, loaded.x2, loaded.y2};
+}
+
+// Parts of the tables.
+template <typename T>
+__device__ inline const T* table(const void* tables, int64_t offset) {
+  return reinterpret_cast<const T*>(static_cast<const unsigned char*>(tables) + offset);
+}
+
+// Exclusive prefix sum over the block, and the block's total. `sums` holds a value for each warp in shared memory.
+template <int kWarps>
+__device__ inline int32_t block_exclusive_sum(int32_t value, int32_t* sums, int32_t* total) {
+  int32_t inclusive = value;
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int32_t other = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane() >= distance) inclusive += other;
+  }
+  if (lane() == kWarp - 1) sums[warp()] = inclusive;
+  __syncthreads();
+  int32_t before = 0, all = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp()) before += sums[w];
+    all += sums[w];
+  }
+  *total = all;
+  __syncthreads();  // sums may be reused at once
+  return before + inclusive - value;
+}
+
+// Place of this thread among those of the block that keep theirs, and how many do. Consecutive calls take turns with
+// two arrays of kWarps `counts` in shared memory; then one barrier is enough.
+template <int kWarps>
+__device__ inline int place_in_block(bool keep, int32_t* counts, int* total) {
+  const unsigned int kept = __ballot_sync(kAllLanes, keep);
+  if (lane() == 0) counts[warp()] = __popc(kept);
+  __syncthreads();
+  int before = 0, all = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp()) before += counts[w];
+    all += counts[w];
+  }
+  *total = all;
+  return before + __popc(kept & ((1u << lane()) - 1u));
+}
+
+// Position of the set bit number n of a word that has more than n.
+__device__ inline int nth_set_bit(uint32_t word, int n) {
+  int position = 0;
+  for (int width = 16; width > 0; width /= 2) {
+    const int below = __popc(word >> position & ((1u << width) - 1u));
+    if (n >= below) {
+      n -= below;
+      position += width;
+    }
+  }
+  return position;
+}
+
+// Last of `count` ascending values that is at most `key`; the first must be.
+template <typename V>
+__device__ inline int64_t last_not_above(const V* values, int64_t count, V key) {
+  int64_t low = 0, high = count;  // values[low] <= key < values[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (offsets[middle] <= index) {
+    if (values[middle] <= key) {
       low = middle;
     } else {
       high = middle;
@@ -48,56 +115,36 @@ __device__ inline int64_t owner_of(const int64_t* offsets, int64_t count, int64_
   return low;
 }
 
-constexpr int32_t kNoKey = 0;
-__device__ inline int32_t gt_key(int64_t gt) { return INT32_MAX - static_cast<int32_t>(gt); }
-__device__ inline int32_t gt_of_key(int32_t key) { return INT32_MAX - key; }
 __device__ inline unsigned long long anchor_key(int64_t anchor) {
   return UINT64_MAX - static_cast<unsigned long long>(anchor);
 }
 
-// What matching decided for one anchor.
-template <typename T>
-struct AnchorMatch {
-  int8_t label;
-  int32_t gt;  // -1 without
-  T iou;       // 0 without
+// Marks an anchor that is not negative at its place in the draw order.
+struct RankWriter {
+  RankBits bits;
+  int64_t image, group;
+  int64_t word, summary;  // first of the image and group
+  const Permutation* permutation;
+
+  __device__ RankWriter(const RankBits& bits, const MemberTable& members, int64_t image, int64_t group)
+      : bits(bits), image(image), group(group), permutation(bits.permutations + image * members.num_groups + group) {
+    const int64_t before = members.group_offsets[group];
+    word = image * bits.words + first_word(before, group);
+    summary = image * bits.summary_words + first_summary(before, group);
+  }
+
+  __device__ void mark(uint32_t rank) const {
+    const uint32_t w = rank / 32, bit = 1u << (rank % 32), size = permutation->size;
+    const uint32_t full = w == (size - 1) / 32 ? kAllLanes >> (31 - (size - 1) % 32) : kAllLanes;
+    const uint32_t before = atomicOr(bits.not_negative + word + w, bit);
+    if ((before | bit) == full) atomicOr(bits.no_negative + summary + w / 32, 1u << (w % 32));
+  }
+
+  __device__ void mark_positive(uint32_t rank) const {
+    const uint32_t w = rank / 32;
+    const uint32_t before = atomicOr(bits.positive + word + w, 1u << (rank % 32));
+    if (before == 0) atomicOr(bits.any_positive + summary + w / 32, 1u << (w % 32));
+  }
 };
-
-template <typename T>
-__device__ inline AnchorMatch<T> match_of(const MatchState<T>& state, int64_t image, int64_t anchor) {
-  const int64_t at = image * state.num_anchors + anchor;
-  const int32_t key = state.best_gt_key[at];
-  if (key == kNoKey) {
-    const bool ignored = state.covered != nullptr && state.covered[at] != 0;
-    return {static_cast<int8_t>(ignored ? -1 : 0), -1, T(0)};
-  }
-  const int32_t gt = gt_of_key(key);
-  const T iou = from_bits<T>(state.best_iou[at]);
-  bool positive = iou >= state.pos_iou;
-  const int64_t number = state.gt_offsets[image] + gt;
-  if (!positive && state.second_pass != SecondPass::kNone && !state.taken[number]) {
-    positive = state.second_pass == SecondPass::kAll || state.rescue_key[number] == anchor_key(anchor);
-  }
-  return {static_cast<int8_t>(positive ? 1 : -1), gt, iou};
-}
-
-// Exclusive prefix sum over the block, and the block's total. `scratch` holds 2 * blockDim.x values in shared memory.
-__device__ inline int32_t block_exclusive_sum(int32_t value, int32_t* scratch, int32_t* total) {
-  const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
-  int32_t *from = scratch, *to = scratch + size;
-  from[thread] = value;
-  __syncthreads();
-  for (int distance = 1; distance < size; distance *= 2) {
-    to[thread] = from[thread] + (thread >= distance ? from[thread - distance] : 0);
-    __syncthreads();
-    int32_t* swapped = from;
-    from = to;
-    to = swapped;
-  }
-  *total = from[size - 1];
-  const int32_t before = from[thread] - value;
-  __syncthreads();  // scratch may be reused at once
-  return before;
-}
 
 }  // namespace group_sampling::cuda

@@ -12,15 +12,16 @@ import torch
 from oracles import oracle_counts, oracle_match
 from PIL import Image
 
+from group_sampling.config import ConfigError
 from group_sampling.data import wider_face
-from group_sampling.data.catalog import load_dataset
+from group_sampling.data.catalog import Catalog
+from group_sampling.data.images import image_size
 from group_sampling.data.loader import TrainingStream
 from group_sampling.data.records import ImageRecord, UnreadableImageError
 from group_sampling.data.transforms import TrainTransform
-from group_sampling.engines.build import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
-from group_sampling.experiments.balance import anchor_grid, image_size, sample_balance
+from group_sampling.experiments.balance import anchor_grid, sample_balance
 
 PROJECT = Path(__file__).resolve().parents[2] / "projects/GroupSampling"
 TOOL = PROJECT / "tools/balance_report.py"
@@ -77,7 +78,7 @@ def test_unknown_feature_is_refused():
 
 
 def test_annotations_move_as_they_do_with_the_image():
-    records = load_dataset("synthetic_faces_train", {"SYNTHETIC": {"NUM_TRAIN": 12, "HEIGHT": 90, "WIDTH": 120}})
+    records = Catalog({"SYNTHETIC": {"NUM_TRAIN": 12, "HEIGHT": 90, "WIDTH": 120}})["synthetic_faces_train"].records
     transform = TrainTransform(scales=(0.5, 1.0, 1.5), crop_size=(64, 80))
     stream = TrainingStream(records, transform, lambda *example: example, seed=0, images_per_batch=12)
     for image, boxes, classes, ignore_boxes, source, draw in stream.batch(0):

@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from group_sampling.data.transforms import TestTransform
-from group_sampling.pyramid import Detections, ImagePyramid, merge_detections, tile_spans
+from group_sampling.detections import Detections
+from group_sampling.pyramid import ImagePyramid, merge_detections, tile_spans
 
 KEEP_SIZE = TestTransform(0, 0)
 

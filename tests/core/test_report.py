@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from group_sampling.data.catalog import load_dataset
+from group_sampling.data.catalog import Catalog
+from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, write_predictions
-from group_sampling.experiments.report import Run, write_report
+from group_sampling.experiments.report import write_report
+from group_sampling.experiments.runs import Run
+from group_sampling.files import write_json
 
 SYNTHETIC = {"SYNTHETIC": {"NUM_VAL": 4, "HEIGHT": 96, "WIDTH": 128}}
 
@@ -22,8 +25,10 @@ def make_run(folder, name, records, shift):
     for record in records:
         scores = np.linspace(0.9, 0.6, len(record.boxes))
         write_predictions(run.folder / "inference/val/predictions", record.image_id, record.boxes + shift, scores)
-        metric.update(record.image_id, record.boxes + shift, scores, np.full(len(scores), 16.0))
-    metric.compute().to_json(run.folder / "inference/val/results.json")
+        metric.update(
+            record.image_id, Detections(record.boxes + shift, scores, anchor_scales=np.full(len(scores), 16.0))
+        )
+    write_json(run.folder / "inference/val/results.json", metric.compute().to_dict())
     rows = [
         {
             "iteration": i,
@@ -41,7 +46,7 @@ def make_run(folder, name, records, shift):
 
 
 def test_report(tmp_path):
-    records = load_dataset("synthetic_faces_val", SYNTHETIC)
+    records = Catalog(SYNTHETIC)["synthetic_faces_val"].records
     runs = [make_run(tmp_path, "exact", records, 0), make_run(tmp_path, "a <b> off", records, 40)]
     assert runs[0].samples_per_scale() == {"16": (3.5, 10.0), "128": (5.0, 3.0)}
     page = write_report(runs, "val", records, tmp_path / "out", title="A & B", notes=["note <1>"]).read_text()

@@ -6,20 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from group_sampling.data import (
-    ImageRecord,
-    TestTransform,
-    TrainingStream,
-    TrainTransform,
-    UnreadableImageError,
-    build_test_loader,
-    build_train_loader,
-    filter_empty,
-    read_image,
-)
-from group_sampling.data.synthetic import Settings, records
+from group_sampling.data.images import read_image
+from group_sampling.data.loader import TrainingStream, build_test_loader, build_train_loader, filter_empty
+from group_sampling.data.records import ImageRecord, UnreadableImageError
+from group_sampling.data.synthetic import records
+from group_sampling.data.synthetic_scene import Settings
+from group_sampling.data.transforms import TestTransform, TrainTransform
 
-SYNTHETIC = records("train", Settings(num_train=7, height=64, width=96))
+SYNTHETIC = records("train", Settings(num_train=7, num_val=0, height=64, width=96, seed=0))
 TRANSFORM = TrainTransform(crop_size=(48, 48))
 
 
@@ -223,7 +217,7 @@ def test_filter_empty_keeps_images_with_a_face():
     [
         ({"images": []}, "records: expected at least one image"),
         ({"images_per_batch": 0}, "images_per_batch: expected at least 1"),
-        ({"rank": 2, "world_size": 2}, "expected 0 <= rank < world_size, found rank 2 of 2"),
+        ({"rank": 2, "world_size": 2}, "expected 0 <= rank < world_size, got rank 2 of 2"),
         ({"start_batch": -1}, "expected start_batch >= 0"),
         ({"max_bad_share": 2}, "max_bad_share: expected a share"),
     ],

@@ -6,14 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from group_sampling.data import AnnotationError, read_image
-from group_sampling.data.synthetic import DISTRACTORS, Settings, layout, records, render
+from group_sampling.data.images import read_image
+from group_sampling.data.records import AnnotationError
+from group_sampling.data.synthetic import layout, records, render
+from group_sampling.data.synthetic_scene import DISTRACTORS, Settings
 
-SMALL = Settings(num_train=6, num_val=6, height=120, width=160)
+SMALL = Settings(num_train=6, num_val=6, height=120, width=160, seed=0)
+LARGE = Settings(num_train=500, num_val=0, height=480, width=640, seed=0)
 
 
 def test_records_are_well_formed():
-    found = records("train", Settings(num_train=40))
+    found = records("train", replace(LARGE, num_train=40))
     assert len({record.image_id for record in found}) == len({record.file_name for record in found}) == 40
     for record in found:
         assert (record.height, record.width) == (480, 640)
@@ -50,7 +53,7 @@ def test_splits_and_seeds_have_nothing_in_common():
 
 
 def test_sizes_are_log_uniform_from_8_to_400_pixels():
-    boxes = np.concatenate([record.boxes for record in records("train", Settings(num_train=500))])
+    boxes = np.concatenate([record.boxes for record in records("train", LARGE)])
     sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
     counts, _ = np.histogram(sizes, 8 * 2.0 ** np.arange(6))  # octaves up to 256; the last one is not whole
     shares = counts / len(sizes)

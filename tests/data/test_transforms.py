@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from group_sampling.data import Geometry, TestTransform, TrainTransform
+from group_sampling.data.transforms import Geometry, TestTransform, TrainTransform
 
 NO_IGNORE, CLASSES = np.zeros(1, bool), np.zeros(1, np.int64)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ from torch import nn
 from tv_cases import write_tiny_config
 
 import group_sampling.engines.tv.train as tv_train
-from group_sampling.data.catalog import load_dataset
+import group_sampling.evaluation.run as evaluation_run
+from group_sampling.data.catalog import Catalog, Source
+from group_sampling.detections import Detections
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.evaluation import CocoAP, WiderFaceAP, read_predictions
-from group_sampling.evaluation.resume import ImageDetections
 from group_sampling.evaluation.run import Evaluation
 
 NAME = "synthetic_faces_val"
@@ -43,7 +45,7 @@ def found_in(record):
     boxes = (record.boxes + rng.uniform(0, 3, record.boxes.shape).cumsum(axis=1)).astype(np.float32)
     scales = rng.choice([16, 32, 64, 128], len(boxes)).astype(np.float32)
     classes = np.zeros(len(boxes), dtype=np.int64)
-    return ImageDetections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
+    return Detections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
 
 
 def outputs(folder):
@@ -51,35 +53,66 @@ def outputs(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+class Process:
+    """What ``group_sampling.distributed`` is in one of several processes that run one after the other.
+
+    The main process is the first to begin, so it broadcasts, and the last to finish, so it gathers.
+    """
+
+    def __init__(self, rank, world_size, shared):
+        self.rank, self.world_size, self.shared = lambda: rank, lambda: world_size, shared
+
+    def broadcast(self, value):
+        return self.shared.setdefault("broadcast", value)
+
+    def gather(self, value):
+        gathered = self.shared.setdefault("gathered", {})
+        gathered[self.rank()] = value
+        return [gathered[rank] for rank in range(self.world_size())] if self.rank() == 0 else []
+
+
 class Simulated:
     """The processes of an evaluation, one after the other; stops each after ``limit`` images."""
 
     def __init__(self, cfg, records, model, world_size, *, resume, limit=None):
-        self.seen, self.ranks, main = [], [], []
+        self.seen, self.ranks = [], []
+        source = Given(records)
+        shared = {}
         for rank in range(world_size):
-            gather = {
-                "all_gather": lambda value: main.append(value) or [main[0]],
-                "gather": lambda value: [other._detections for other in self.ranks],
-            }
-            ours = Evaluation(cfg, NAME, records, model, resume=resume, rank=rank, world_size=world_size, **gather)
-            self.ranks.append(ours)
-        for ours in self.ranks:
+            process = Process(rank, world_size, shared)
+            with mock.patch.object(evaluation_run, "distributed", process):
+                self.ranks.append((process, Evaluation(cfg, source, model, resume=resume)))
+        for _, ours in self.ranks:
             ours._partial._max_images = 1
             for record in ours.share[:limit]:
                 self.seen.append(record.image_id)
                 ours.add(record.image_id, found_in(record))
 
     def finish(self):
-        results = [ours.finish() for ours in reversed(self.ranks)]  # the main process last
+        results = []
+        for process, ours in reversed(self.ranks):  # the main process last
+            with mock.patch.object(evaluation_run, "distributed", process):
+                results.append(ours.finish())
         assert all(result is None for result in results[:-1])
         return results[-1]
+
+
+class Given(Source):
+    """A data set of these records, by the name of a built-in one."""
+
+    def __init__(self, records):
+        super().__init__(NAME)
+        self._records = records
+
+    def _read(self, report):
+        return self._records, {1: "face"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_shares_are_merged_without_duplicates(tmp_path, count):
     """The files left do not depend on the number of processes, whatever divides."""
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", max(count, 1))
-    records = load_dataset(NAME, cfg.DATASETS)[:count]
+    records = Catalog(cfg.DATASETS)[NAME].records[:count]
     model, expected = nn.Linear(1, 1), None
     for world_size in (1, 2, 3):
         run = Simulated(cfg, records, model, world_size, resume=False)
@@ -93,9 +126,9 @@ def test_shares_are_merged_without_duplicates(tmp_path, count):
 
 
 @pytest.mark.parametrize("first, second", [(1, 1), (3, 1), (1, 2), (2, 3)])
-def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
+def test_continued_by_any_number_of_processes(tmp_path, first, second):
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 9)
-    records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
+    records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
     expected = Simulated(cfg, records, model, 1, resume=False).finish()
     files = outputs(Path(cfg.OUTPUT_DIR))
 
@@ -108,7 +141,7 @@ def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
 
 def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
     cfg = make_cfg(tmp_path)
-    records, model = load_dataset(NAME, cfg.DATASETS), nn.Linear(1, 1)
+    records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
     monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Simulated(cfg, records, model, 1, resume=False).finish()
@@ -116,7 +149,7 @@ def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "data set", "image file", "no --resume", "damage"])
-def test_what_is_not_taken_up(tmp_path, caplog, change):
+def test_what_is_not_reused(tmp_path, caplog, change):
     for i in range(4):
         path = tmp_path / f"images/e/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +158,7 @@ def test_what_is_not_taken_up(tmp_path, caplog, change):
     (tmp_path / "gt.txt").write_text("\n".join(lines))
     sets = ["DATASETS.WIDER_FORMAT", f"(('{NAME}2', '{tmp_path}/gt.txt', '{tmp_path}/images'),)"]
     cfg, model = make_cfg(tmp_path, *sets), nn.Linear(1, 1)
-    records = load_dataset(f"{NAME}2", cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)[f"{NAME}2"].records
     Simulated(cfg, records, model, 1, resume=False, limit=3)
     partial = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "partial"
     assert len(list(partial.iterdir())) == 3
@@ -144,9 +177,9 @@ def test_what_is_not_taken_up(tmp_path, caplog, change):
     with caplog.at_level("INFO"):
         run = Simulated(cfg, records, model, 1, resume=change != "no --resume")
     assert len(run.seen) == len(records)
-    notice = {"no --resume": "--resume would go on", "damage": "is damaged and left out"}
+    notice = {"no --resume": "--resume would continue", "damage": "is damaged and left out"}
     assert notice.get(change, "are of other weights, another configuration or another data set") in caplog.text
-    assert "going on" not in caplog.text
+    assert "continuing" not in caplog.text
     run.finish()
     assert not partial.exists()
 
@@ -187,7 +220,7 @@ def test_killed_and_resumed(tmp_path, engine):
         **evaluation_command(engine, broken, tmp_path / "model.pth", resume=True), capture_output=True
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on with an interrupted evaluation, which has finished" in resumed.stdout
+    assert "continuing an interrupted evaluation, which has finished" in resumed.stdout
     assert not parts.exists()
     subprocess.run(**evaluation_command(engine, whole, tmp_path / "model.pth"), check=True, capture_output=True)
     found, expected = outputs(broken / "inference"), outputs(whole / "inference")
@@ -248,7 +281,7 @@ def test_coco_format_on_both_engines(tmp_path):
     """COCO's and WIDER FACE's figures of the same detections, equal to those of the metrics called by hand."""
     opts = write_coco_set(tmp_path / "data")
     cfg = make_cfg(tmp_path, *opts, "INPUT.MIN_SIZE_TEST", 0)
-    records = load_dataset("mine", cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)["mine"].records
     model = Oracle(records)
     metrics = tv_train.evaluate(cfg, model, torch.device("cpu"))
 
@@ -256,10 +289,10 @@ def test_coco_format_on_both_engines(tmp_path):
     wider = WiderFaceAP.from_records(records)
     for record in records:
         found = found_in(record)
-        boxes = found.boxes.clip(0, [160, 120, 160, 120])
-        coco.update(record.image_id, boxes, found.scores, found.classes)
-        wider.update(record.image_id, boxes, found.scores, found.anchor_scales)
-    expected = {f"coco/{name}": 100 * value for name, value in coco.compute().metrics.items()}
+        found = found._replace(boxes=found.boxes.clip(0, [160, 120, 160, 120]))
+        coco.update(record.image_id, found)
+        wider.update(record.image_id, found)
+    expected = {f"coco/{name}": value for name, value in coco.compute().metrics().items()}
     assert 0 < expected["coco/AP"] < 100
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
     assert metrics["wider_face/AP_all"] == pytest.approx(100 * wider.compute().ap["all"])
@@ -272,16 +305,15 @@ def test_coco_format_on_both_engines(tmp_path):
     from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 
     from group_sampling.engines.d2 import GroupSamplingEvaluator, Trainer
-    from group_sampling.engines.d2.train import setup
 
     args = Namespace(config_file=str(tmp_path / "tiny.yaml"), resume=False, eval_only=True)
     args.opts = [*opts, "INPUT.MIN_SIZE_TEST", "0", "OUTPUT_DIR", str(tmp_path / "d2")]
-    d2_cfg = setup(args)
+    d2_cfg = tv_cases.d2_setup(args)
     ours = Trainer.test(d2_cfg, model)
     assert {f"coco/{name}": value for name, value in ours["coco"].items()} == pytest.approx(expected, nan_ok=True)
     assert ours["wider_face"]["AP_all"] == pytest.approx(metrics["wider_face/AP_all"])
 
-    # Detectron2's own evaluator, alone and beside ours, in the same hook.
+    # Detectron2's own evaluator, alone and together with ours, in the same hook.
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     theirs = COCOEvaluator("mine", output_dir=str(tmp_path / "theirs"), max_dets_per_image=limit)
     both = DatasetEvaluators([GroupSamplingEvaluator(d2_cfg, "mine"), theirs])
@@ -293,7 +325,7 @@ def test_coco_format_on_both_engines(tmp_path):
 def test_predictions_are_a_submission(tmp_path):
     """What an evaluation leaves evaluates to the same AP from the folder, and packed as users hand it in."""
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 12)
-    records = load_dataset(NAME, cfg.DATASETS)
+    records = Catalog(cfg.DATASETS)[NAME].records
     results = Simulated(cfg, records, nn.Linear(1, 1), 2, resume=False)
     ap = results.finish()["wider_face"]["AP_all"]
     folder = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "predictions"
@@ -302,8 +334,8 @@ def test_predictions_are_a_submission(tmp_path):
         packed.append(Path(shutil.make_archive(str(tmp_path / kind), kind, folder.parent, "predictions")))
     for path in packed:
         metric = WiderFaceAP.from_records(records)
-        for image_id, boxes, scores in read_predictions(path):
-            metric.update(image_id, boxes, scores)
+        for image_id, found in read_predictions(path):
+            metric.update(image_id, found)
         assert 100 * metric.compute().ap["all"] == pytest.approx(ap, abs=1e-9), path
 
 
@@ -315,12 +347,11 @@ def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
     (tmp_path / "fddb/FDDB-folds").symlink_to(shared_data / "fddb/annotations")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = make_cfg(tmp_path, "DATASETS.TEST", "('fddb',)")
-    records = load_dataset("fddb", cfg.DATASETS)
-    evaluation = Evaluation(cfg, "fddb", records, nn.Linear(1, 1), resume=False)
-    published = {image_id: found for image_id, *found in read_fddb_predictions(shared_data / MTCNN)}
+    evaluation = Evaluation(cfg, Catalog(cfg.DATASETS)["fddb"], nn.Linear(1, 1), resume=False)
+    published = dict(read_fddb_predictions(shared_data / MTCNN))
     for record in evaluation.share:
-        boxes, scores = (np.float32(values) for values in published[record.image_id])
-        evaluation.add(record.image_id, ImageDetections(boxes, scores, np.zeros(len(scores), np.int64), None))
+        boxes, scores = (np.float32(values) for values in published[record.image_id][:2])
+        evaluation.add(record.image_id, Detections(boxes, scores, np.zeros(len(scores), np.int64), None))
     rates = evaluation.finish()["fddb"]
     assert rates["discrete@500"] == pytest.approx(89.6345, abs=0.02)  # the curve ends at 249 false positives
     assert rates["continuous@500"] == pytest.approx(67.4485, abs=0.02)
@@ -331,7 +362,7 @@ def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
-def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
+def test_the_evaluation_after_a_training_is_continued(tmp_path, engine):
     """--resume of a finished training evaluates, without the image that was finished before."""
     if importlib.util.find_spec(engine) is None:
         pytest.skip("Detectron2 is not installed")
@@ -342,21 +373,22 @@ def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
         cfg = load_config(args.config_file, args.opts)
     else:
         from group_sampling.engines.d2 import GroupSamplingCheckpointer, Trainer
-        from group_sampling.engines.d2.train import _work, setup
+        from group_sampling.engines.d2.train import main
 
-        run, build, checkpointer = _work, Trainer.build_model, GroupSamplingCheckpointer
+        run, build, checkpointer = main, Trainer.build_model, GroupSamplingCheckpointer
         run(args)
-        cfg = setup(args)
+        cfg = tv_cases.d2_setup(args)
     model = build(cfg)
     checkpointer(model).load(str(tmp_path / "model_final.pth"))
-    first, *others = records = load_dataset(NAME, cfg.DATASETS)
-    interrupted = Evaluation(cfg, NAME, records, model, resume=False)
-    mark = ImageDetections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
+    source = Catalog(cfg.DATASETS)[NAME]
+    first, *others = source.records
+    interrupted = Evaluation(cfg, source, model, resume=False)
+    mark = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
     interrupted.add(first.image_id, mark)
     interrupted._partial.write()
 
     args.resume = True
     run(args)
-    found = {i: boxes for i, boxes, _ in read_predictions(tmp_path / "inference" / NAME / "predictions")}
+    found = {i: detections.boxes for i, detections in read_predictions(tmp_path / "inference" / NAME / "predictions")}
     assert found[first.image_id].tolist() == [[1, 2, 3, 4]]
     assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)

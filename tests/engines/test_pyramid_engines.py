@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tv_cases import SMALL_OPTS, arguments, write_tiny_config
+from tv_cases import SMALL_OPTS, arguments, d2_setup, write_tiny_config
 
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.build import ConfigError, load_records
+from group_sampling.config import ConfigError
+from group_sampling.engines.build import load_records
 from group_sampling.engines.tv import train as tv_train
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
@@ -46,7 +47,7 @@ def detect(cfg, model) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "group_sampling.evaluation.run.evaluate_detections",
-            lambda cfg, name, records, detections: found.update(detections) or {},
+            lambda cfg, source, detections: found.update(detections) or {},
         )
         tv_train.evaluate(cfg, model, CPU)
     return {image_id: (image.boxes, image.scores, image.anchor_scales) for image_id, image in found.items()}
@@ -122,10 +123,8 @@ def detectron2_pair(tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.modeling import build_model as build_d2
 
-    from group_sampling.engines.d2.train import setup
-
     def configs(*opts):
-        return setup(arguments(tmp_path, *opts, eval_only=True)), make_cfg(tmp_path, *opts)
+        return d2_setup(arguments(tmp_path, *opts, eval_only=True)), make_cfg(tmp_path, *opts)
 
     d2_cfg, tv_cfg = configs()
     tv_model, d2_model = make_model(tv_cfg), build_d2(d2_cfg).eval()
@@ -199,9 +198,7 @@ def test_two_stage_detectors(repository, tmp_path, engine):
         else:
             from detectron2.modeling import build_model as build_d2
 
-            from group_sampling.engines.d2.train import setup
-
-            cfg = setup(SimpleNamespace(config_file=config, opts=opts, resume=False, eval_only=True))
+            cfg = d2_setup(SimpleNamespace(config_file=config, opts=opts, resume=False, eval_only=True))
             torch.manual_seed(0)
             found[scales] = d2_detect(cfg, build_d2(cfg).eval())
     for image_id, arrays in found["()"].items():
@@ -254,7 +251,7 @@ def test_detectors_without_anchor_scales(detectron2_pair):
 @NEEDS_DETECTRON2
 def test_detectron2s_own_test_time_augmentation_is_refused(detectron2_pair):
     """It would be ignored otherwise."""
-    with pytest.raises(ConfigError, match=r"TEST\.AUG\.ENABLED is True, but must be False"):
+    with pytest.raises(ConfigError, match=r"TEST\.AUG\.ENABLED: expected False, got True"):
         detectron2_pair.configs("TEST.AUG.ENABLED", True)
 
 

@@ -21,11 +21,12 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from test_engines_agree import COMMON
 from test_roi_heads import CONFIGS, FACES, ROI_LOSSES, SECOND_STAGE, SMALL, TWO_STAGE
+from tv_cases import d2_setup
 
 import group_sampling.engines.d2 as d2
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.build import build_training_loader
-from group_sampling.engines.d2.train import _work, setup
+from group_sampling.engines.build import build_training_loader, load_records
+from group_sampling.engines.d2.train import main as d2_main
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model as build_tv
 from group_sampling.engines.tv.roi_heads import SingleLevelRoIAlign
@@ -46,7 +47,7 @@ DATA = [
 @pytest.fixture
 def make_cfg(tmp_path):
     def make(name="table5/grouped_fast_rcnn", *opts):
-        return setup(
+        return d2_setup(
             SimpleNamespace(
                 config_file=str(CONFIGS / f"{name}.yaml"),
                 opts=[*SMALL, *DATA, "OUTPUT_DIR", str(tmp_path), *opts],
@@ -59,12 +60,12 @@ def make_cfg(tmp_path):
 
 
 def make_example(boxes, classes=None, ignore=(), size=128):
-    instances = Instances((size, size))
+    ignore = Boxes(torch.tensor(ignore, dtype=torch.float32).reshape(-1, 4))
+    instances = d2.IgnoringInstances((size, size), ignore) if len(ignore) else Instances((size, size))
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.tensor([0] * len(boxes) if classes is None else classes, dtype=torch.int64)
     image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    ignore = Boxes(torch.tensor(ignore, dtype=torch.float32).reshape(-1, 4))
-    return {"image": image, "instances": instances, "ignore_boxes": ignore}
+    return {"image": image, "instances": instances}
 
 
 def step(model, batch, iteration=0):
@@ -281,7 +282,7 @@ def engines(request, tmp_path):
     """Both models with the same weights, converted, and the same batch."""
     config = str(CONFIGS / f"{request.param}.yaml")
     opts = [*AGREE, "OUTPUT_DIR", str(tmp_path), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.001"]
-    d2_cfg = setup(SimpleNamespace(config_file=config, opts=opts, resume=False, eval_only=False))
+    d2_cfg = d2_setup(SimpleNamespace(config_file=config, opts=opts, resume=False, eval_only=False))
     tv_cfg = load_config(config, opts)
     torch.manual_seed(0)
     d2_model, tv_model = build_model(d2_cfg), build_tv(tv_cfg)
@@ -291,7 +292,8 @@ def engines(request, tmp_path):
     converted = convert_names(d2_model.state_dict(), "torchvision")
     assert set(tv_model.load_state_dict(converted, strict=False).missing_keys) == set()
     d2_batch = next(iter(d2.Trainer.build_train_loader(d2_cfg)))
-    tv_batch = next(iter(build_training_loader(tv_cfg, to_example, rank=0, world_size=1, start_iter=0)))
+    tv_records = load_records(tv_cfg, tv_cfg.DATASETS.TRAIN)
+    tv_batch = next(iter(build_training_loader(tv_cfg, tv_records, to_example)))
     return SimpleNamespace(d2_model=d2_model, tv_model=tv_model, d2_batch=d2_batch, tv_batch=tv_batch)
 
 
@@ -309,7 +311,7 @@ def test_engines_agree(engines, monkeypatch):
         ProposalSampler, "__call__", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1]
     )
     d2_model, tv_model = engines.d2_model.train(), engines.tv_model.train()
-    tv_model.rpn.iteration = tv_model.roi_heads.iteration = 3
+    tv_model.set_iteration(3)
     images = [example.image.float() for example in engines.tv_batch]
     with EventStorage(3):
         d2_losses = d2_model(engines.d2_batch)
@@ -350,7 +352,7 @@ def run_args(name, folder, *opts, **more):
 
 
 def test_main_trains_and_evaluates(tmp_path):
-    _work(run_args("table5/grouped_fast_rcnn", tmp_path / "d2"))
+    d2_main(run_args("table5/grouped_fast_rcnn", tmp_path / "d2"))
     written = {}
     for line in (tmp_path / "d2/metrics.json").read_text().splitlines():
         written.update(json.loads(line))

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 import torchvision
 from tv_cases import write_tiny_config
 
-import group_sampling.engines.tv.model as tv_model
+import group_sampling.engines.tv.rpn as tv_rpn
 from group_sampling.checkpoint import convert_names
-from group_sampling.engines.build import ConfigError
+from group_sampling.config import ConfigError
+from group_sampling.engines.tv.backbone import build_backbone
 from group_sampling.engines.tv.config import load_config
-from group_sampling.engines.tv.model import build_backbone, build_model
+from group_sampling.engines.tv.model import build_model
 from group_sampling.engines.tv.train import GroupSamplingCheckpointer
 
 C4 = [
@@ -120,8 +121,10 @@ def test_losses_and_detections_are_detectron2s(make_cfg, norm, sampler):
         "MODEL.RESNETS.NORM", norm, "MODEL.GROUP_SAMPLING.SAMPLER", sampler, "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 4
     )
     theirs = detectron2_twin(cfg)
-    from detectron2.structures import Boxes, Instances
+    from detectron2.structures import Boxes
     from detectron2.utils.events import EventStorage
+
+    from group_sampling.engines.d2 import IgnoringInstances
 
     torch.manual_seed(0)
     ours = build_model(cfg)
@@ -131,11 +134,10 @@ def test_losses_and_detections_are_detectron2s(make_cfg, norm, sampler):
 
     inputs = []
     for x, t in zip(images, targets):
-        instances = Instances(
-            x.shape[-2:], gt_boxes=Boxes(t["boxes"]), gt_classes=torch.zeros(len(t["boxes"]), dtype=int)
-        )
-        inputs.append({"image": x, "instances": instances, "ignore_boxes": Boxes(t["ignore_boxes"])})
-    ours.rpn.iteration = 7
+        fields = {"gt_boxes": Boxes(t["boxes"]), "gt_classes": torch.zeros(len(t["boxes"]), dtype=int)}
+        instances = IgnoringInstances(x.shape[-2:], Boxes(t["ignore_boxes"]), **fields)
+        inputs.append({"image": x, "instances": instances})
+    ours.set_iteration(7)
     with EventStorage(7):
         their_losses = theirs.train()(inputs)
     our_losses = ours.train()(images, targets)
@@ -188,7 +190,7 @@ def test_body_is_torchvisions_resnet(make_cfg, depth):
         assert torch.allclose(F.linear(pooled, state["fc.weight"], state["fc.bias"]), reference(x), atol=1e-4)
 
 
-def test_image_is_normalised_then_padded_with_zeros(make_model):
+def test_image_is_normalized_then_padded_with_zeros(make_model):
     model = make_model("MODEL.PIXEL_MEAN", "[10.0, 20.0, 30.0]", "MODEL.PIXEL_STD", "[2.0, 4.0, 5.0]")
     batch, _ = model.transform([torch.full((3, 33, 64), 50.0)])
     assert batch.tensors.shape == (1, 3, 64, 64) and batch.image_sizes == [(33, 64)]
@@ -215,7 +217,7 @@ def test_detections(make_model):
 
 
 def test_no_proposals_are_computed_while_training(make_model, monkeypatch):
-    monkeypatch.setattr(tv_model, "select_proposals", None)
+    monkeypatch.setattr(tv_rpn, "select_proposals", None)
     make_model().train()([image()], [target([10, 10, 34, 34])])
 
 
@@ -279,17 +281,23 @@ def test_training_needs_targets(make_model):
         make_model().train()([image()])
 
 
-def test_anchors_of_the_generator_are_the_grids(make_model):
+def test_anchors_by_hand(make_model):
+    """Level by level, row by row, ratio by ratio: the centers are multiples of the stride, the areas are size²."""
     opts = "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5, 1.0]]"
     generator = make_model(*FOUR_LEVELS, *opts).rpn.anchor_generator
     features = [torch.zeros(1, 1, 24 // 2**i, 32 // 2**i) for i in range(4)]
-    batch = torchvision.models.detection.image_list.ImageList(torch.zeros(2, 3, 96, 128), [(96, 128)] * 2)
+    expected = []
+    for level, size in enumerate((16, 32, 64, 128)):
+        stride = 4 * 2**level
+        for row in range(24 // 2**level):
+            for column in range(32 // 2**level):
+                for ratio in (0.5, 1.0):
+                    width, height = size / ratio**0.5, size * ratio**0.5
+                    x, y = stride * column, stride * row
+                    expected.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
     grid = generator.grid(features)
-    anchors = generator(batch, features)
-    assert grid.num_groups == 4 and len(anchors) == 2 and torch.equal(anchors[0], grid.boxes())
-    assert generator.num_anchors_per_location() == [2] * 4
-    sizes = anchors[0][:2, 2:] - anchors[0][:2, :2]
-    assert torch.allclose(sizes, torch.tensor([[16 * 2**0.5, 16 / 2**0.5], [16, 16]]))
+    assert grid.num_groups == 4 and generator.num_anchors_per_location() == [2] * 4
+    assert torch.allclose(grid.boxes(), torch.tensor(expected), atol=1e-4)
 
 
 @pytest.mark.parametrize(

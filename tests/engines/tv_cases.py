@@ -25,7 +25,7 @@ TINY = {
     },
     "DATALOADER": {"NUM_WORKERS": 0},
     "SOLVER": {"IMS_PER_BATCH": 2, "MAX_ITER": 8, "STEPS": [6], "WARMUP_ITERS": 2, "CHECKPOINT_PERIOD": 4},
-    "TEST": {"EVAL_PERIOD": 0},
+    "TEST": {"EVAL_PERIOD": 0, "PYRAMID": {"SCALES": []}},
     "SEED": 3,
 }
 
@@ -45,7 +45,7 @@ SMALL_OPTS = [
     *("DATASETS.SYNTHETIC.NUM_TRAIN", "8", "DATASETS.SYNTHETIC.NUM_VAL", "3"),
     *("DATASETS.SYNTHETIC.HEIGHT", "128", "DATASETS.SYNTHETIC.WIDTH", "128"),
     *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "(2,)", "SOLVER.WARMUP_ITERS", "1"),
-    *("TEST.EVAL_PERIOD", "0", "SEED", "3"),
+    *("TEST.EVAL_PERIOD", "0", "TEST.PYRAMID.SCALES", "()", "SEED", "3"),
 ]
 
 
@@ -56,6 +56,13 @@ def run_configs() -> list[Path]:
     """
     files = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith("Base-")]
     return [path for path in files if "_BASE_" in yaml.safe_load(path.read_text())]
+
+
+def d2_setup(args: Namespace):
+    """The frozen config of a run of the Detectron2 engine, with logging, seeds and data sets set up."""
+    from group_sampling.engines.d2.train import load_config, setup
+
+    return setup(load_config(args.config_file, args.opts), args)
 
 
 def write_tiny_config(folder: Path) -> str:

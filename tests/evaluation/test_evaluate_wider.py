@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,10 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from PIL import Image
 from scipy.io import savemat
 
+from group_sampling.data.catalog import Catalog
+from group_sampling.detections import Detections
+from group_sampling.engines.tv.config import load_config
 from group_sampling.evaluation import WiderFaceAP, write_predictions
+from group_sampling.evaluation.run import evaluate_detections
 
+CONFIG = Path(__file__).parents[2] / "projects/GroupSampling/configs/fpn_finest_sampling.yaml"
 TOOL = Path(__file__).parents[2] / "projects/GroupSampling/tools/evaluate_wider.py"
 
 # Two events; the second image has one invalid face, the third has none.
@@ -83,6 +90,62 @@ def test_official_ground_truth(truth):
     result = WiderFaceAP.from_official(truth).compute()
     assert result.num_faces == {"easy": 1, "medium": 2, "hard": 3, "all": 3}
     assert result.counts["images"] == 3 and result.counts["faces"] == 4 and result.counts["images_without_faces"] == 1
+
+
+@pytest.fixture
+def wider_face(tmp_path, monkeypatch):
+    """WIDER_FACE with the validation annotations, below $DETECTRON2_DATASETS."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    lines = []
+    for event, files, boxes in zip(EVENTS, FILES, BOXES):
+        for file, faces in zip(files, boxes):
+            lines += [f"{event}/{file}.jpg", str(len(faces))]
+            lines += [" ".join(map(str, [*face, *[0] * 6])) for face in faces] or ["0 0 0 0 0 0 0 0 0 0"]
+            image = tmp_path / f"WIDER_FACE/WIDER_val/images/{event}/{file}.jpg"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (300, 300)).save(image)
+    annotations = tmp_path / "WIDER_FACE/wider_face_split/wider_face_val_bbx_gt.txt"
+    annotations.parent.mkdir()
+    annotations.write_text("\n".join(lines) + "\n")
+    return tmp_path / "WIDER_FACE"
+
+
+def evaluated(folder, *opts, name="wider_face_val"):
+    """AP by subset after an evaluation that found the first face of the first image."""
+    cfg = load_config(str(CONFIG), ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder / "out"), *opts])
+    nothing = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0))
+    found = Detections(np.array([[10.0, 10, 30, 30]]), np.ones(1), np.zeros(1, dtype=np.int64), np.full(1, 16.0))
+    source = Catalog(cfg.DATASETS)[name]
+    detections = {record.image_id: nothing for record in source.records} | {"0--Parade/0_Parade_big": found}
+    return evaluate_detections(cfg, source, detections)["wider_face"]
+
+
+@pytest.mark.parametrize("place", ["ground_truth", "eval_tools/ground_truth"])
+def test_official_files_beside_the_data_set(wider_face, truth, place, caplog):
+    with caplog.at_level("INFO"):
+        assert "AP_easy" not in evaluated(wider_face)
+    assert "no Easy, Medium and Hard" in caplog.text and str(wider_face / "ground_truth") in caplog.text
+    (wider_face / place).mkdir(parents=True)
+    for number, file in enumerate(sorted(truth.iterdir())):  # an incomplete folder is as good as none
+        assert "AP_easy" not in evaluated(wider_face), number
+        shutil.copy(file, wider_face / place)
+    ap = evaluated(wider_face)
+    assert (ap["AP_easy"], ap["AP_medium"]) == (100.0, pytest.approx(50.0, abs=0.1))
+    assert ap["AP_hard"] == pytest.approx(100 / 3, abs=0.1)
+    assert "AP_easy" not in evaluated(wider_face, "TEST.WIDER_GROUND_TRUTH", "")
+
+
+def test_official_files_are_of_the_whole_validation_set(wider_face, truth):
+    """A set of some of its images gets no Easy, Medium and Hard unless the config says so."""
+    shutil.copytree(truth, wider_face / "ground_truth")
+    some = wider_face / "some.txt"
+    some.write_text("0--Parade/0_Parade_big.jpg\n")
+    annotations, images = "wider_face_split/wider_face_val_bbx_gt.txt", "WIDER_val/images"
+    declared = [["some", str(wider_face / annotations), str(wider_face / images), str(some)]]
+    opts = ["DATASETS.WIDER_FORMAT", str(declared)]
+    assert "AP_easy" not in evaluated(wider_face, *opts, name="some")
+    opts += ["TEST.WIDER_GROUND_TRUTH", str(truth)]
+    assert evaluated(wider_face, *opts, name="some")["AP_easy"] == 100.0
 
 
 def test_fields_that_the_published_evaluation_does_without(truth):

@@ -63,8 +63,8 @@ def test_every_container_reads_the_same(tmp_path, container):
     }
     if container == "folder":
         files = {name: content for name, content in files.items() if not name.startswith("__MACOSX")}
-    first, second = read_predictions(CONTAINERS[container](tmp_path, files))
-    assert (first.image_id, second.image_id) == ("0--Parade/big", "1--Fire/none")
+    (first_id, first), (second_id, second) = read_predictions(CONTAINERS[container](tmp_path, files))
+    assert (first_id, second_id) == ("0--Parade/big", "1--Fire/none")
     assert first.boxes.tolist() == [[1, 2, 4, 6], [5, 6, 12, 14]] and first.scores.tolist() == [0.5, 0.25]
     assert second.boxes.shape == (0, 4) and second.scores.shape == (0,)
 
@@ -72,13 +72,13 @@ def test_every_container_reads_the_same(tmp_path, container):
 @pytest.mark.parametrize("container", ["zip", "tar"])
 def test_folders_above_the_events_in_an_archive(tmp_path, container):
     path = CONTAINERS[container](tmp_path, {"results/val/0--Parade/big.txt": GOOD})
-    assert [image.image_id for image in read_predictions(path)] == ["0--Parade/big"]
+    assert [image_id for image_id, _ in read_predictions(path)] == ["0--Parade/big"]
 
 
 @pytest.mark.parametrize("name", ["big", "big.jpg", "0--Parade/big.jpg", "C:\\faces\\big.JPEG", "  big  "])
 def test_names_on_the_first_line(tmp_path, name):
     make_folder(tmp_path, {"0--Parade/big.txt": GOOD.replace(b"big", name.encode())})
-    assert [image.image_id for image in read_predictions(tmp_path)] == ["0--Parade/big"]
+    assert [image_id for image_id, _ in read_predictions(tmp_path)] == ["0--Parade/big"]
 
 
 ROW = r"expected 'x y w h score', finite numbers with w and h not negative, got "
@@ -116,27 +116,28 @@ def test_malformed_files_are_named_by_line(tmp_path, content, line, message):
 
 def test_an_underscore_in_the_name_is_fine(tmp_path):
     make_folder(tmp_path, {"0--Parade/0_big.txt": GOOD.replace(b"big", b"0_big")})
-    assert len(next(read_predictions(tmp_path)).scores) == 2
+    assert len(next(read_predictions(tmp_path))[1].scores) == 2
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_data_set_without_events(tmp_path, container):
     written = write_predictions(tmp_path / "written", "big.png", [[1, 2, 4, 6]], [0.5])
     assert written == tmp_path / "written" / "big.txt"
-    (image,) = read_predictions(CONTAINERS[container](tmp_path, {"big.txt": written.read_bytes()}))
-    assert image.image_id == "big" and image.boxes.tolist() == [[1, 2, 4, 6]]
+    ((image_id, found),) = read_predictions(CONTAINERS[container](tmp_path, {"big.txt": written.read_bytes()}))
+    assert image_id == "big" and found.boxes.tolist() == [[1, 2, 4, 6]]
 
 
 def test_an_image_that_comes_twice(tmp_path):
     path = make_zip(tmp_path / "p.zip", {"a/0--Parade/big.txt": GOOD, "b/0--Parade/big.txt": GOOD})
     with pytest.raises(
-        ValueError, match=r"b/0--Parade/big.txt: image '0--Parade/big' was read before, from .*a/0--Par"
+        ValueError,
+        match=r"b/0--Parade/big.txt: expected each image once, got '0--Parade/big' again, first in",
     ):
         list(read_predictions(path))
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match=r"expected files <event>/<image>\.txt, found none"):
+    with pytest.raises(ValueError, match=r"expected files <event>/<image>\.txt, got none"):
         list(read_predictions(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such folder or archive"):
         list(read_predictions(tmp_path / "nobody.zip"))
@@ -217,11 +218,11 @@ def test_float32_detections_come_back_bit_for_bit(tmp_path_factory, rows, seed):
     root = tmp_path_factory.mktemp("round")
     path = write_predictions(root, "0--Parade/big.jpg", torch.from_numpy(boxes), torch.from_numpy(scores))
     assert path == root / "0--Parade" / "big.txt"
-    (image,) = read_predictions(root)
+    ((image_id, found),) = read_predictions(root)
     order = np.argsort(-scores, kind="stable")
-    assert image.image_id == "0--Parade/big"
-    assert np.array_equal(image.boxes.astype(np.float32), boxes[order])
-    assert np.array_equal(image.scores.astype(np.float32), scores[order])
+    assert image_id == "0--Parade/big"
+    assert np.array_equal(found.boxes.astype(np.float32), boxes[order])
+    assert np.array_equal(found.scores.astype(np.float32), scores[order])
 
 
 def test_the_written_file_is_the_published_format(tmp_path):
@@ -236,7 +237,7 @@ def test_the_written_file_is_the_published_format(tmp_path):
     ["", ".", "..", "/big", "a/", "a/b/c", "../big", "a/..", ".a/big", "a/.big", "a\\b/big", "a/b\nc", "a/b\0"],
 )
 def test_refused_image_ids(tmp_path, image_id):
-    with pytest.raises(ValueError, match=r"image_id must be \[<event>/\]<image name>"):
+    with pytest.raises(ValueError, match=r"image_id: expected \[<event>/\]<image name>"):
         write_predictions(tmp_path / "root", image_id, [], [])
     assert not (tmp_path / "root").exists()
 
@@ -310,9 +311,9 @@ def read_mutated(path, seed, container):
         source = CONTAINERS[container](path, files)
         source.write_bytes(mutate(rng, source.read_bytes()))
     try:
-        for image in read_predictions(source):
-            assert np.isfinite(image.boxes).all() and np.isfinite(image.scores).all(), seed
-            assert (image.boxes[:, 2:] >= image.boxes[:, :2]).all() and len(image.boxes) == len(image.scores), seed
+        for _, found in read_predictions(source):
+            assert np.isfinite(found.boxes).all() and np.isfinite(found.scores).all(), seed
+            assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all() and len(found.boxes) == len(found.scores), seed
     except ValueError as error:
         assert str(source) in str(error), seed
         return True

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from group_sampling.evaluation.resume import ImageDetections, PartialDetections
+from group_sampling.detections import Detections
+from group_sampling.evaluation.resume import PartialDetections
 
 
 def detections(seed, with_scales=True):
@@ -13,7 +14,7 @@ def detections(seed, with_scales=True):
     count = int(rng.integers(0, 5))
     boxes = rng.uniform(0, 100, (count, 4)).astype(np.float32)
     scales = rng.choice([16, 32], count).astype(np.float32) if with_scales else None
-    return ImageDetections(boxes, rng.random(count, dtype=np.float32), rng.integers(0, 3, count), scales)
+    return Detections(boxes, rng.random(count, dtype=np.float32), rng.integers(0, 3, count), scales)
 
 
 def assert_equal(found, expected):

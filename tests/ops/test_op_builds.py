@@ -1,6 +1,7 @@
 """setup.py's switches, a real CUDA build, and the CPU kernels under sanitizers."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -110,11 +111,13 @@ def build(repository, folder, **environment):
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_cuda_sources_compile(repository, tmp_path):
-    """For sm_80, sm_90 and PTX. Runs nothing on a GPU: without one, only the registration can be seen."""
-    log = build(repository, tmp_path, FORCE_CUDA="1", GS_BUILD_EXT="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    """For the default architectures. Runs nothing on a GPU: without one, only the registration can be seen."""
+    environment = {"FORCE_CUDA": "1", "GS_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": "", "GS_WORKSPACE_GUARD": "1"}
+    log = build(repository, tmp_path, **environment)
     assert "warning" not in log.replace("SetuptoolsWarning", ""), log[-5000:]
-    for flag in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "code=compute_90", "--fmad=false"):
+    for flag in ("arch=compute_75,code=sm_75", "arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"):
         assert flag in log
+    assert re.search(r"code=compute_\d+", log) and "--fmad=false" in log and "-DGS_WORKSPACE_GUARD" in log
     program = """
 import torch
 from group_sampling.ops import extension_status
@@ -131,6 +134,58 @@ for name in ("pairwise_iou", "match_anchors", "match_anchor_grid", "sample_group
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
+
+
+# Most registers of a kernel's thread, and bytes of a block's shared memory: two blocks of 256 threads that match tiles,
+# or one of 512 that draw, fit the 65,536 registers of any multiprocessor, and four blocks the 64 KB of shared memory of
+# sm_75. Parameters fit the 4 KB that any driver takes.
+MAX_REGISTERS = {
+    "tile_kernel": 112,
+    "dense_kernel": 72,
+    "draw_kernel": 72,
+    "prepare_kernel": 88,
+    "iou_kernel": 64,
+    "": 64,
+}
+MAX_SHARED_BYTES, MAX_PARAMETER_BYTES = 16384, 4096
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("architecture", ["75", "80", "90", "100"])
+def test_device_code(setup_arguments, repository, tmp_path, architecture):
+    """What nvcc makes of the kernels: no fused multiply-add, no spills, bounded resources, boxes in vector loads."""
+    script = setup_arguments(GS_BUILD_EXT="0")["script"]
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    if f"compute_{architecture}" not in listed:
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    kernels = {}
+    for source in (s for s in script["CUDA_SOURCES"] if s.endswith(".cu")):
+        ptx = tmp_path / "kernels.ptx"
+        flags = ["-std=c++20", "--fmad=false", "-O3", "-DNDEBUG", f"-arch=compute_{architecture}"]
+        subprocess.run(["nvcc", *flags, "-ptx", "-o", ptx, repository / source], check=True)
+        text = ptx.read_text()
+        assert not re.search(r"\b(fma|mad)\.[a-z.]*f(32|64)", text), source
+        command = ["ptxas", "-v", "-O3", f"-arch=sm_{architecture}", "-o", tmp_path / "kernels.cubin", ptx]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        entries = re.findall(r"Compiling entry function '(\w+)'.*?\n(.*?Used [^\n]*)", log, re.DOTALL)
+        bodies = dict(re.findall(r"\.entry (\w+)\((.*?\n\})", text, re.DOTALL))
+        assert len(entries) == len(bodies) > 0
+        for name, report in entries:
+            kernels[name] = (report, bodies[name])
+    assert {kind for kind in MAX_REGISTERS if any(kind in name for name in kernels)} == set(MAX_REGISTERS)
+    for name, (report, body) in kernels.items():
+        assert "0 bytes spill stores, 0 bytes spill loads" in report, (name, report)
+        kind = next(kind for kind in MAX_REGISTERS if kind in name)
+        assert int(re.search(r"Used (\d+) registers", report).group(1)) <= MAX_REGISTERS[kind], (name, report)
+        shared = re.search(r"(\d+) bytes smem", report)
+        assert shared is None or int(shared.group(1)) <= MAX_SHARED_BYTES, (name, report)
+        parameters = re.findall(r"\.param (?:\.align \d+ )?\.(\w+) \w+(?:\[(\d+)\])?", body.split(")")[0])
+        size = sum(int(count) if count else int(re.sub(r"\D", "", kind)) // 8 for kind, count in parameters)
+        assert 0 < size <= MAX_PARAMETER_BYTES, (name, size)
+        if any(kind in name for kind in ("iou_kernel", "dense_kernel", "tile_kernel")):
+            assert re.search(r"ld\.global(\.nc)?\.v[24]\.[fb](32|64)", body), name
 
 
 @pytest.mark.slow

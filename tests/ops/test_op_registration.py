@@ -8,8 +8,9 @@ import pytest
 import torch
 from strategies import devices
 
-from group_sampling.anchors import AnchorGrid, cell_anchors
+from group_sampling.anchors import MAX_CELLS, MIN_SIDE, AnchorGrid, cell_anchors
 from group_sampling.ops import (
+    _checks,
     _library,
     assign_and_sample,
     extension_status,
@@ -64,6 +65,74 @@ def test_pybind_forwards_to_the_dispatcher(name):
     result, want = getattr(_C, name)(*calls("cpu")[name]), getattr(torch.ops.group_sampling, name)(*calls("cpu")[name])
     result, want = ((r,) if isinstance(r, torch.Tensor) else r for r in (result, want))
     assert all(torch.equal(a, b) for a, b in zip(result, want))
+
+
+@needs_extension
+def test_pybind_binds_every_operator():
+    from group_sampling import _C
+
+    assert calls("cpu").keys() <= vars(_C).keys()
+    assert torch.equal(_C.pairwise_iou(boxes1=FACES, boxes2=FACES[:1]), pairwise_iou(FACES, FACES[:1]))
+    with pytest.raises(RuntimeError, match="boxes2"):
+        _C.pairwise_iou(FACES)
+
+
+@needs_extension
+def test_limits_are_those_of_the_python_side():
+    from group_sampling import _C
+
+    assert _C.limits() == {"max_cells": MAX_CELLS, "min_side": MIN_SIDE, "min_threshold": _checks.MIN_THRESHOLD}
+
+
+@needs_extension
+def test_extension_imports_before_torch():
+    program = """
+import sys
+import group_sampling
+assert "torch" not in sys.modules  # who reads annotations does not wait for it
+import group_sampling._C as extension
+print(sorted(extension.build_info()))
+import torch
+print(torch.ops.group_sampling.pairwise_iou)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "compiler" in done.stdout and "group_sampling.pairwise_iou" in done.stdout
+
+
+@needs_extension
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_small_work_stays_on_one_thread():
+    """A thread that waits for a core holds up the others: one image must not depend on a second core, a batch may."""
+    program = """
+import os
+import numpy as np
+import torch
+from group_sampling.anchors import AnchorGrid, cell_anchors
+from group_sampling.ops import assign_and_sample, match_anchor_grid, pairwise_iou, sample_groups
+torch.set_num_threads(2)
+grid = AnchorGrid.from_cell_anchors([cell_anchors([16, 32, 64, 128], [1.0])], [4], [(300, 300)])
+rng = np.random.default_rng(0)  # torch would wake its threads for this
+corner = rng.uniform(0, 1100, (1000, 2))
+faces = np.concatenate([corner, corner + np.exp(rng.uniform(1.8, 5.3, (1000, 1)))], 1)
+faces = torch.from_numpy(faces.astype(np.float32))
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+for number in (64, 2048):
+    assign_and_sample(grid, [faces], samples_per_group=number, seed=1)
+labels = match_anchor_grid(grid, [faces]).labels
+sample_groups(labels, grid, samples_per_group=2048, seed=1)
+pairwise_iou(faces, faces)
+print(threads() - before)
+assign_and_sample(grid, [faces] * 16, samples_per_group=64, seed=1)
+print(threads() - before)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1"]
 
 
 class EveryOperator(torch.nn.Module):

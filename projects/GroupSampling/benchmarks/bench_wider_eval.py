@@ -10,7 +10,6 @@ second one streams generated detections and reports the peak memory of the proce
 """
 
 import argparse
-import json
 import platform
 import re
 import resource
@@ -20,24 +19,24 @@ from pathlib import Path
 
 import numpy as np
 
-from group_sampling.evaluation import ImagePredictions, WiderFaceAP, read_predictions
+from group_sampling.detections import Detections
+from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.evaluation.wider_face.ground_truth import OfficialGroundTruth, read_official_ground_truth
-from group_sampling.files import write_atomically
+from group_sampling.files import write_json
 
 NUM_THRESHOLDS = 1000
 
 
-def transcription(truth: OfficialGroundTruth, predictions: list[ImagePredictions]) -> dict[str, float]:
+def transcription(truth: OfficialGroundTruth, predictions: dict[str, Detections]) -> dict[str, float]:
     """AP as the published code computes it: per subset, image, detection and threshold, in NumPy."""
-    lowest = min(image.scores.min() for image in predictions if len(image.scores))
-    highest = max(image.scores.max() for image in predictions if len(image.scores))
-    by_image = {image.image_id: image for image in predictions}
+    lowest = min(image.scores.min() for image in predictions.values() if len(image.scores))
+    highest = max(image.scores.max() for image in predictions.values() if len(image.scores))
     ap = {}
     for subset, keep in truth.subsets.items():
         totals, num_faces = np.zeros((NUM_THRESHOLDS, 2)), 0
         for image_id, faces in truth.boxes.items():
             num_faces += keep[image_id].sum()
-            image = by_image.get(image_id)
+            image = predictions.get(image_id)
             if image is None or len(image.scores) == 0 or len(faces) == 0:
                 continue
             order = np.argsort(-image.scores, kind="stable")
@@ -84,15 +83,15 @@ def compare(ground_truth: Path, predictions_path: Path, repeats: int) -> dict:
     start = time.perf_counter()
     truth = read_official_ground_truth(ground_truth)
     truth_read = time.perf_counter()
-    predictions = list(read_predictions(predictions_path))
+    predictions = dict(read_predictions(predictions_path))
     predictions_read = time.perf_counter()
 
     seconds = []
     for _ in range(repeats):
         evaluator = WiderFaceAP(truth.boxes, ignore=truth.invalid, subsets=truth.subsets)
         begin = time.perf_counter()
-        for image_id, boxes, scores in predictions:
-            evaluator.update(image_id, boxes, scores)
+        for image_id, found in predictions.items():
+            evaluator.update(image_id, found)
         result = evaluator.compute()
         seconds.append(time.perf_counter() - begin)
 
@@ -129,8 +128,9 @@ def stream(ground_truth: Path, num_detections: int) -> dict:
                 -3, 4, (len(boxes[::2]), 4)
             )
             boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2])
+        found = Detections(boxes, rng.random(size), anchor_scales=rng.choice([16, 32, 64, 128], size))
         begin = time.perf_counter()
-        evaluator.update(image_id, boxes, rng.random(size), rng.choice([16, 32, 64, 128], size))
+        evaluator.update(image_id, found)
         seconds += time.perf_counter() - begin
     begin = time.perf_counter()
     result = evaluator.compute()
@@ -163,7 +163,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:24s} {value:.4g}" if isinstance(value, float) else f"{name:24s} {value}")
     if args.json:
-        write_atomically(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

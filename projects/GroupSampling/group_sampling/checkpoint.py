@@ -1,18 +1,20 @@
-"""Checkpoints that either engine reads, written whole or not at all.
+"""Checkpoints that either engine reads, written atomically.
 
-Both engines hold the same parameters under different names. A checkpoint of one engine, of the other, or a plain
-torchvision ResNet is recognised by its names and converted while it is loaded.
+Both engines have the same parameters under different names. A checkpoint of one engine, of the other, or a plain
+torchvision ResNet is recognized by its names and converted while it is loaded, or by
+``python -m group_sampling.checkpoint``.
 """
 
+import argparse
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ConfigError
 from .files import atomic_file, write_atomically
@@ -83,7 +85,7 @@ def convert_names(state_dict: Mapping[str, Tensor], naming: str, *, has_fpn: boo
         has_fpn: Detectron2's names of a ResNet depend on it; None: if ``state_dict`` has parameters of an FPN.
     """
     if naming not in ("detectron2", "torchvision"):
-        raise ValueError(f'convert_names: naming must be "detectron2" or "torchvision", got {naming!r}')
+        raise ValueError(f'convert_names: naming: expected "detectron2" or "torchvision", got {naming!r}')
     if "conv1.weight" in state_dict and "layer1.0.conv1.weight" in state_dict:
         state_dict = {f"backbone.body.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
     if has_fpn is None:
@@ -91,6 +93,8 @@ def convert_names(state_dict: Mapping[str, Tensor], naming: str, *, has_fpn: boo
     rules = _TO_DETECTRON2 if naming == "detectron2" else _TO_TORCHVISION
     converted = {}
     for name, value in state_dict.items():
+        if naming == "detectron2" and name.endswith("._extra_state"):
+            continue  # the torchvision engine's counts of training passes; Detectron2's trainer has its own
         name = name.replace("backbone.bottom_up.", "backbone.", 1)
         for pattern, write in rules:
             match = pattern.match(name)
@@ -122,6 +126,50 @@ def _reorder_box_predictor(state_dict: dict[str, Tensor], naming: str) -> None:
         elif naming == "detectron2" and len(boxes) == 4 * len(scores):
             state_dict[score_name] = torch.cat([scores[1:], scores[:1]])
             state_dict[box_name] = boxes[4:]
+
+
+# Parameters and statistics that a detector does not need.
+_OPTIONAL = re.compile(r"num_batches_tracked$|_extra_state$|pixel_(mean|std)$|\.cell_anchors\.")
+
+
+def convert_in_place(state_dict: dict[str, Tensor], naming: str, model: nn.Module) -> None:
+    """:func:`convert_names` for ``model``, whose names are those of ``naming``."""
+    has_fpn = any(name.startswith(_FPN_NAMES) for name in model.state_dict())
+    converted = convert_names(state_dict, naming, has_fpn=has_fpn)
+    state_dict.clear()
+    state_dict.update(converted)
+
+
+def refuse_partial_weights(
+    weights: Mapping[str, Tensor], model: nn.Module, *, file: str = "checkpoint", prefix: str = ""
+) -> None:
+    """Refuse weights that do not fit a model in eval mode entirely: it would detect with random ones.
+
+    A model in training mode may start from some of its weights, those of a backbone for example.
+
+    Args:
+        prefix: of the names of the model's weights in ``weights``.
+
+    Raises:
+        ConfigError: naming the first weights that are missing, have another shape, or are unknown.
+    """
+    if model.training:
+        return
+    expected = {f"{prefix}{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith(prefix)}
+    wrong = {
+        "missing": expected.keys() - found.keys(),
+        "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
+        "unknown": found.keys() - expected.keys(),
+    }
+    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in wrong.items()}
+    counts = [f"{len(names)} are {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
+    if counts:
+        raise ConfigError(
+            f"{file}: expected the weights of this model, got others: of {len(expected)}, {'; '.join(counts)}. "
+            "Evaluate with the config of their training; --allow-partial-weights of train_net.py, or a model in "
+            "training mode, loads those that fit"
+        )
 
 
 def resolve_weights(path: str) -> str:
@@ -158,10 +206,11 @@ def resolve_weights(path: str) -> str:
 
 
 class CheckpointMixin:
-    """Mixed into fvcore's ``Checkpointer`` or a subclass of it; the class it is mixed into states ``naming``.
+    """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
 
     Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
-    refuses a file of which no parameter fits the model. A training can only be resumed by the engine that wrote it.
+    refuses a file of which no parameter fits the model, or, if the model is in eval mode, not all of them. A training
+    can only be resumed by the engine that wrote it.
     """
 
     naming: str
@@ -193,7 +242,7 @@ class CheckpointMixin:
         if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
             raise ConfigError(
                 f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
-                f"--engine {extra['engine']}, or start anew from it with MODEL.WEIGHTS and another OUTPUT_DIR"
+                f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
             )
         return extra
 
@@ -209,16 +258,32 @@ class CheckpointMixin:
                 f"{filename}: not a checkpoint that torch.load(weights_only=True) reads: {error}"
             ) from error
         if not isinstance(checkpoint, dict):
-            raise ValueError(f"{filename}: expected a dict of parameters, found {type(checkpoint).__name__}")
+            raise ValueError(f"{filename}: expected a dict of parameters, got {type(checkpoint).__name__}")
         if "model" not in checkpoint:
             checkpoint = {"model": checkpoint}
-        names = self.model.state_dict().keys()
-        has_fpn = any(name.startswith(_FPN_NAMES) for name in names)
-        model = convert_names(checkpoint["model"], self.naming, has_fpn=has_fpn)
-        if not model.keys() & names:
+        model = checkpoint["model"] = dict(checkpoint["model"])
+        convert_in_place(model, self.naming, self.model)
+        if not model.keys() & self.model.state_dict().keys():
             raise ValueError(
                 f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
                 "to this model"
             )
-        checkpoint["model"] = model
+        refuse_partial_weights(model, self.model, file=filename)
         return checkpoint
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a copy of a checkpoint's weights with the names and layout of one engine."""
+    parser = argparse.ArgumentParser(prog="python -m group_sampling.checkpoint", description=main.__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint of either engine, or a torchvision ResNet")
+    parser.add_argument("target", metavar="TARGET", help="file to write; optimizer state is not copied")
+    parser.add_argument("--engine", choices=("detectron2", "torchvision"), required=True)
+    args = parser.parse_args(argv)
+    checkpoint = torch.load(args.source, map_location="cpu", weights_only=True)
+    model = convert_names(checkpoint.get("model", checkpoint), args.engine)
+    with atomic_file(args.target) as file:
+        torch.save({"model": model, "engine": args.engine}, file)
+
+
+if __name__ == "__main__":
+    main()

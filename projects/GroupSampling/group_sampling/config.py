@@ -1,9 +1,16 @@
-"""The keys this project adds to Detectron2's config, each with its source in the paper.
+"""The keys this project adds to Detectron2's config, each with its source in the paper; merging and checking configs.
 
 Keys that Detectron2 already has keep their name and meaning (``MODEL.RPN.IOU_THRESHOLDS`` are λ2 and λ1,
-``MODEL.RPN.POSITIVE_FRACTION`` is the 1:3, ...); the paper's values stand in ``configs/Base-GroupSampling.yaml``.
+``MODEL.RPN.POSITIVE_FRACTION`` is the 1:3, ...); the paper's values are in ``configs/Base-GroupSampling.yaml``.
 """
 
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
 from fvcore.common.config import CfgNode
 
 
@@ -13,6 +20,9 @@ class ConfigError(ValueError):
 
 # Paper, Sec. 5: training images are resized by 0.25 * n, n = 1 ... 8.
 SCALE_JITTER = tuple(0.25 * n for n in range(1, 9))
+
+# The built-in procedural faces, synthetic_faces_train and synthetic_faces_val.
+SYNTHETIC_DEFAULTS = {"NUM_TRAIN": 2000, "NUM_VAL": 200, "HEIGHT": 480, "WIDTH": 640, "SEED": 0}
 
 
 def add_group_sampling_config(cfg: CfgNode) -> None:
@@ -47,19 +57,14 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # (one image path a line, the set is restricted to them) belongs to the config: relative to the working directory.
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
     cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list]), ...)
-    # The built-in procedural faces: synthetic_faces_train and synthetic_faces_val.
-    synthetic = cfg.DATASETS.SYNTHETIC = node()
-    synthetic.NUM_TRAIN = 2000
-    synthetic.NUM_VAL = 200
-    synthetic.HEIGHT = 480
-    synthetic.WIDTH = 640
-    synthetic.SEED = 0
+    cfg.DATASETS.SYNTHETIC = node(SYNTHETIC_DEFAULTS)
 
     # Training stops when more than this share of the images drawn could not be read.
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1
 
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
-    cfg.TEST.WIDER_GROUND_TRUTH = ""
+    # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
+    cfg.TEST.WIDER_GROUND_TRUTH = "auto"
 
     # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
@@ -72,3 +77,91 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     pyramid.TILE_OVERLAP = 256
     # Box voting over boxes of this IoU or more; 0: none. Not in the paper.
     pyramid.VOTE_THRESH = 0.0
+
+
+def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+    """Merge a YAML file (with its ``_BASE_``) and command-line overrides into ``cfg``.
+
+    Raises:
+        ConfigError: no such file, an unknown key or a value of the wrong type, naming file and key.
+    """
+    if config_file and not os.path.isfile(config_file):
+        raise ConfigError(f"--config-file {config_file}: no such file")
+    if len(opts) % 2:
+        raise ConfigError(f"command line: expected pairs KEY VALUE, got {list(opts)}")
+    where = config_file
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+        where = "command line"
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError) as error:  # yacs: unknown key in a file, on the command line
+        key = str(error.args[0] if error.args else error).rsplit(": ", 1)[-1]
+        close = difflib.get_close_matches(key, list(_keys(cfg)), n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{where}: this engine has no key {key}.{hint}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not plain YAML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def anchor_scales(cfg: CfgNode) -> tuple[float, ...]:
+    """The anchor scales of a detector in pixels, ascending, each once."""
+    return tuple(sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes}))
+
+
+def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> None:
+    """Refuse every key of ``allowed`` whose value is not among those given for it.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
+    for key, values in allowed.items():
+        value = get_value(cfg, key)
+        if value not in values:
+            raise ConfigError(f"{key}: expected {' or '.join(map(repr, values))}, got {value!r}: {reason}")
+
+
+def check_common_values(cfg: CfgNode) -> None:
+    """Refuse values that neither engine can use.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
+            "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
+        )
+    if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
+        raise ConfigError(
+            "MODEL.RPN.IOU_THRESHOLDS and MODEL.RPN.IOU_LABELS: expected [λ2, λ1] and [0, -1, 1], got "
+            f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
+        )
+    if cfg.INPUT.CROP.ENABLED:
+        check_values(cfg, {"INPUT.CROP.TYPE": ("absolute",)}, "the crop is given in pixels after the resize")
+    check_values(
+        cfg,
+        {"MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,)},
+        "with another offset the anchors of sub-sampled cells would not coincide with those of the full grid",
+    )
+    check_values(cfg, {"INPUT.RANDOM_FLIP": ("horizontal", "none")}, "faces are not flipped vertically")
+    check_values(cfg, {"INPUT.FORMAT": ("RGB",)}, "images are read as torchvision's weights expect them")
+    if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")

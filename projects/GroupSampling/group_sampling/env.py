@@ -1,20 +1,42 @@
 """``python -m group_sampling.env``: what this environment can do, and why it cannot do the rest."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
 
 import torch
 
-from .data.catalog import dataset_names, missing_paths
-from .engines import resolve_engine
+from .data.catalog import Catalog
 from .ops import extension_status
 from .version import __version__
 
+ENGINES = ("detectron2", "torchvision")
+
+
+def resolve_engine(name: str = "auto") -> str:
+    """The engine that ``--engine name`` selects; ``auto`` is Detectron2 where it is installed, else torchvision.
+
+    Raises:
+        ValueError: unknown name.
+        ModuleNotFoundError: ``detectron2`` is selected and not installed.
+    """
+    has_detectron2 = importlib.util.find_spec("detectron2") is not None
+    if name == "auto":
+        return "detectron2" if has_detectron2 else "torchvision"
+    if name not in ENGINES:
+        raise ValueError(f"engine: expected auto, {' or '.join(ENGINES)}, got {name!r}")
+    if name == "detectron2" and not has_detectron2:
+        raise ModuleNotFoundError(
+            "--engine detectron2: Detectron2 is not installed in this environment; README.md (Install) tells how. "
+            "--engine torchvision runs the same configuration without it."
+        )
+    return name
+
 
 def collect_env() -> list[tuple[str, str]]:
-    """Names and values: versions, devices, the extension, the engine that ``auto`` takes, the data sets found."""
+    """Names and values: versions, devices, the extension, the engine that ``auto`` selects, the data sets found."""
     rows = [
         ("group_sampling", f"{__version__} ({os.path.dirname(os.path.abspath(__file__))})"),
         ("Python", f"{sys.version.split()[0]} on {platform.platform()}"),
@@ -41,8 +63,9 @@ def collect_env() -> list[tuple[str, str]]:
     rows.append(("engine auto", resolve_engine("auto")))
 
     rows.append(("data root", os.environ.get("DETECTRON2_DATASETS", "datasets") + " ($DETECTRON2_DATASETS)"))
-    for name in dataset_names():
-        missing = missing_paths(name)
+    catalog = Catalog()
+    for name in catalog.names:
+        missing = catalog[name].missing_paths
         rows.append((f"  {name}", f"missing {', '.join(missing)}" if missing else "found"))
     return rows
 

@@ -14,7 +14,7 @@ Predict = Callable[[Tensor | None], tuple[Tensor, Tensor]]
 
 
 class SoftmaxRPNHead(nn.Module):
-    """A 3x3 convolution, then per anchor a two-way softmax classifier (Sec. 3) and four box deltas.
+    """A 3x3 convolution, then per anchor a two-way softmax classifier (Sec. 5) and four box deltas.
 
     A softmax over (background, face) depends only on the difference of the two logits, so the head returns that
     difference: ``sigmoid(difference)`` is the softmax probability and binary cross entropy on it is the softmax loss.

@@ -1,4 +1,7 @@
-"""Losses of the paper, unreduced: one value per anchor or box."""
+"""Losses of the paper, unreduced: one value per anchor or box.
+
+``iou_l2`` is ‖1 − IoU‖² (Sec. 5, Eq. 2); ``iou_log`` is UnitBox's −ln IoU, ``smooth_l1`` acts on the deltas (Table 3).
+"""
 
 from collections.abc import Sequence
 

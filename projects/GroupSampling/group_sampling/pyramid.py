@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from .data.transforms import TestTransform
+from .detections import Detections
 
 # A tile starts at a multiple of this, the coarsest stride of an FPN, so its cells are cells of the whole image.
 _ALIGNMENT = 32
@@ -17,19 +17,6 @@ _ALIGNMENT = 32
 _TOUCHING = 1.0
 # Rows of the IoU matrix that box voting holds at a time.
 _VOTE_ROWS = 256
-
-
-class Detections(NamedTuple):
-    """k detections of one image."""
-
-    boxes: Tensor  # (k, 4) float XYXY in pixels
-    scores: Tensor  # (k,) float
-    classes: Tensor  # (k,) int64
-    anchor_scales: Tensor  # (k,) float: scale of the anchor at the level that found the box; NaN where unknown
-
-    def select(self, index: Tensor | slice) -> "Detections":
-        """The rows of ``index``: indices (n,) in their order, a mask (k,), or a slice."""
-        return Detections(*(tensor[index] for tensor in self))
 
 
 class ScaledTransform(TestTransform):
@@ -87,16 +74,16 @@ class ImagePyramid:
     ) -> None:
         numbers = all(isinstance(scale, (int, float)) and 0 < scale < float("inf") for scale in scales)
         if not numbers or not 0 < len(scales) == len(set(scales)):
-            raise ValueError(f"scales: expected distinct positive factors, found {tuple(scales)}")
+            raise ValueError(f"scales: expected distinct positive factors, got {tuple(scales)}")
         if tile_overlap < 0:
-            raise ValueError(f"tile_overlap: expected at least 0 pixels, found {tile_overlap}")
+            raise ValueError(f"tile_overlap: expected at least 0 pixels, got {tile_overlap}")
         if max_side < tile_overlap + _ALIGNMENT:
             raise ValueError(
                 f"max_side: expected at least tile_overlap + {_ALIGNMENT} = {tile_overlap + _ALIGNMENT} pixels, "
-                f"found {max_side}"
+                f"got {max_side}"
             )
         if not 0 <= vote_thresh <= 1:
-            raise ValueError(f"vote_thresh: expected an IoU in [0, 1], found {vote_thresh}")
+            raise ValueError(f"vote_thresh: expected an IoU in [0, 1], got {vote_thresh}")
         self.levels = tuple(ScaledTransform(base, scale) for scale in scales)
         self.flip = flip
         self.max_side = max_side
@@ -221,7 +208,7 @@ def _mirror(detections: Detections, width: int) -> Detections:
 
 
 def _concatenate(parts: Sequence[Detections]) -> Detections:
-    return Detections(*(torch.cat(tensors) for tensors in zip(*parts)))
+    return Detections(*(None if any(t is None for t in tensors) else torch.cat(tensors) for tensors in zip(*parts)))
 
 
 def _best_first(detections: Detections) -> Detections:

@@ -8,9 +8,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from .config import ConfigError
+from .config import ConfigError, anchor_scales
 from .ops import match_anchors, sample_groups
 from .samplers import count_by_scale, first_image, named_class, sample_count
+from .scales import scale_borders
 
 # Keeps the draws of proposals independent of the draws of anchors, which start from the same seed.
 _STREAM = 0x2545F4914F6CDD1D
@@ -95,7 +96,7 @@ class ProposalSampler(ABC):
             )
         return cls(
             sample_count(cfg, cls.count_key),
-            scales=[size for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes],
+            scales=anchor_scales(cfg),
             positive_fraction=heads.POSITIVE_FRACTION,
             pos_iou=heads.IOU_THRESHOLDS[-1],
             neg_iou=heads.IOU_THRESHOLDS[0],
@@ -112,14 +113,9 @@ class ProposalSampler(ABC):
         """
 
     def scale_ids(self, boxes: Tensor) -> Tensor:
-        """(n,) int64 index of the scale nearest to √area of each of the (n, 4) boxes, the smaller one on a tie.
-
-        √area is nearer to s than to t > s, in log scale, where area < s · t. The evaluation groups boxes by the same
-        rule, in numpy: it neither has nor needs torch. A test compares the two.
-        """
+        """(n,) int64 index of the scale nearest to each of the (n, 4) boxes, the smaller one on a tie."""
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        borders = [small * large for small, large in zip(self.scales, self.scales[1:])]
-        return torch.bucketize(area, area.new_tensor(borders))
+        return torch.bucketize(area, area.new_tensor(scale_borders(self.scales)))
 
     @torch.no_grad()
     def __call__(

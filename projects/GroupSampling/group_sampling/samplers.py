@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from . import distributed
 from .anchors import AnchorGrid
 from .config import ConfigError
 from .losses import classification_loss
@@ -295,8 +295,7 @@ def sample_count(cfg: CfgNode, key: str) -> int:
 
 def first_image(num_images: int) -> int:
     """Number, over all ranks, of the first of a rank's ``num_images`` images: equal for no two ranks."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return rank * num_images
+    return distributed.rank() * num_images
 
 
 def take_matches(match: MatchResult, index: Tensor) -> AssignResult:

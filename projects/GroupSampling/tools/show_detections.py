@@ -9,7 +9,6 @@ are two panels: the single-scale test, and the pyramid. Runs on either engine, w
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.ops import box_iou
 
+from group_sampling.config import ConfigError
 from group_sampling.data.catalog import MissingDatasetError
-from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError, read_image
-from group_sampling.engines import ENGINES, resolve_engine
-from group_sampling.engines.build import ConfigError, load_records
-from group_sampling.files import write_atomically
-
-FACE_COLOUR, FOUND_COLOUR = "lime", "red"
+from group_sampling.data.images import read_image
+from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError
+from group_sampling.detections import Detections
+from group_sampling.engines.build import load_records
+from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.experiments.plots import FACE_COLOR, FOUND_COLOR, plot_detections
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,28 +42,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# (config, image (H, W, 3) uint8) -> boxes (k, 4) and scores (k,), found on the config's image pyramid
-Detect = Callable[[CfgNode, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (config, image (H, W, 3) uint8) -> Detections on the CPU, found on the config's image pyramid
+Detect = Callable[[CfgNode, np.ndarray], Detections]
 
 
 def load_detector(engine: str, config_file: str, weights: str, opts: list[str]) -> tuple[CfgNode, Detect]:
     """The config, and the detector of these weights."""
     if engine == "detectron2":
-        from detectron2.config import get_cfg
         from detectron2.modeling import build_model
 
-        from group_sampling.engines.build import check_config, merge_config
-        from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA, add_group_sampling_config
+        from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA
+        from group_sampling.engines.d2.train import load_config
 
-        cfg = get_cfg()
-        add_group_sampling_config(cfg)
-        merge_config(cfg, config_file, opts)
-        check_config(cfg)
+        cfg = load_config(config_file, opts)
         model = build_model(cfg).eval()
 
-        def detect(cfg: CfgNode, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def detect(cfg: CfgNode, image: np.ndarray) -> Detections:
             found = GroupSamplingTTA(cfg, model)([{"image": torch.as_tensor(image).permute(2, 0, 1)}])[0]["instances"]
-            return found.pred_boxes.tensor.cpu().numpy(), found.scores.cpu().numpy()
+            return Detections(found.pred_boxes.tensor, found.scores).numpy()
     else:
         from group_sampling.engines.tv.config import load_config
         from group_sampling.engines.tv.model import build_model
@@ -73,9 +69,9 @@ def load_detector(engine: str, config_file: str, weights: str, opts: list[str]) 
         cfg = load_config(config_file, opts)
         model = build_model(cfg).to(cfg.MODEL.DEVICE).eval()
 
-        def detect(cfg: CfgNode, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def detect(cfg: CfgNode, image: np.ndarray) -> Detections:
             found = GroupSamplingTTA(cfg, model)([torch.as_tensor(image).permute(2, 0, 1).to(cfg.MODEL.DEVICE)])[0]
-            return found["boxes"].cpu().numpy(), found["scores"].cpu().numpy()
+            return Detections(found["boxes"], found["scores"]).numpy()
 
     GroupSamplingCheckpointer(model).load(weights)
     return cfg, detect
@@ -111,28 +107,6 @@ def count_found(faces: np.ndarray, boxes: np.ndarray) -> int:
     return int((box_iou(torch.as_tensor(faces), torch.as_tensor(boxes)).amax(dim=1) >= 0.5).sum())
 
 
-def draw(image: np.ndarray, faces: np.ndarray, panels: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """Draw a panel for each title: its boxes (k, 4) with their scores (k,), and the annotated faces (m, 4)."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(5 * len(panels), 5 * height / width + 0.7), dpi=100, layout="constrained")
-    for axes, (title, (boxes, scores)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        axes.imshow(image)
-        axes.axis("off")
-        axes.set_title(title, fontsize=10)
-        for x1, y1, x2, y2 in faces:
-            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=FACE_COLOUR, ls="--", lw=1.5))
-        for (x1, y1, x2, y2), score in zip(boxes, scores):
-            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=FOUND_COLOUR, lw=1.2))
-            box = {"facecolor": FOUND_COLOUR, "alpha": 0.6, "linewidth": 0, "pad": 0.5}
-            axes.text(x1, y1, f"{score:.2f}", fontsize=6, color="white", va="bottom", bbox=box)
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:] or "png")
-    write_atomically(path, content.getvalue())
-
-
 def show(args: argparse.Namespace) -> None:
     engine = resolve_engine(args.engine)
     cfg, detect = load_detector(engine, args.config_file, args.weights, args.opts)
@@ -144,16 +118,15 @@ def show(args: argparse.Namespace) -> None:
         tests[f"scales {', '.join(f'{scale:g}' for scale in args.scales)}{mirrored}"] = (args.scales, args.flip)
     panels = {}
     for title, (scales, flip) in tests.items():
-        boxes, scores = detect(with_pyramid(cfg, scales, flip), image)
-        shown = scores >= args.score_threshold
-        boxes, scores = boxes[shown], scores[shown]
-        summary = f"{title}: {len(boxes)} detections of score ≥ {args.score_threshold:g}"
+        found = detect(with_pyramid(cfg, scales, flip), image)
+        found = found.select(found.scores >= args.score_threshold)
+        summary = f"{title}: {len(found.boxes)} detections of score ≥ {args.score_threshold:g}"
         if len(faces):
-            summary += f"\n{count_found(faces, boxes)} of {len(faces)} faces found (IoU ≥ 0.5)"
-        panels[summary] = boxes, scores
+            summary += f"\n{count_found(faces, found.boxes)} of {len(faces)} faces found (IoU ≥ 0.5)"
+        panels[summary] = found
         print(summary.replace("\n", ", "))
-    draw(image, faces, panels, args.output)
-    print(f"engine: {engine}; {args.output}: detections {FOUND_COLOUR}, annotated faces {FACE_COLOUR} and dashed")
+    plot_detections(image, faces, panels, args.output, panel_size=5.0)
+    print(f"engine: {engine}; {args.output}: detections {FOUND_COLOR}, annotated faces {FACE_COLOR} and dashed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

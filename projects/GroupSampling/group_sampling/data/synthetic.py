@@ -4,18 +4,17 @@ This module lays scenes out; :mod:`~group_sampling.data.synthetic_paint` paints 
 ``synthetic://<split>/<index>?height=...&width=...&seed=...``, and the address alone determines its boxes and pixels.
 """
 
-from __future__ import annotations
-
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
 
+from . import synthetic_paint
 from .records import AnnotationError, DataReport, ImageRecord
+from .synthetic_scene import DISTRACTORS, Figure, Scene, Settings, Shape
 
 _SCHEME = "synthetic"
 _SPLITS = ("train", "val")
@@ -25,96 +24,6 @@ MIN_SIZE, MAX_SIZE = 8.0, 400.0  # of a face, sqrt(width * height), in pixels
 _MIN_VISIBLE = 0.45  # a face that shows less of itself is not drawn at all
 _ASPECT = 1.25  # height / width of an upright head
 _CANDIDATES = 8  # places tried for one figure
-DISTRACTORS = ("blank", "scrambled", "upside_down", "ball")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The configuration's ``DATASETS.SYNTHETIC``, in capitals there.
-
-    Attributes:
-        num_train, num_val: number of images of the splits.
-        height, width: of every image, in pixels.
-        seed: images of another seed have nothing in common with these.
-    """
-
-    num_train: int = 2000
-    num_val: int = 200
-    height: int = 480
-    width: int = 640
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            lowest = {"height": 32, "width": 32}.get(key, 0)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"DATASETS.SYNTHETIC.{key.upper()}: expected an integer >= {lowest}, found {value!r}")
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> Settings:
-        """Reads keys in capitals; those that are absent keep their default, an unknown one is a ValueError."""
-        known = [field.name.upper() for field in fields(cls)]
-        for key in mapping:
-            if key not in known:
-                raise ValueError(f"DATASETS.SYNTHETIC: expected the keys {', '.join(known)}, found {key!r}")
-        return cls(**{key.lower(): value for key, value in mapping.items()})
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An ellipse or a rectangle, in pixels: centre, half axes, angle in radians (clockwise on the screen)."""
-
-    x: float
-    y: float
-    half_width: float
-    half_height: float
-    angle: float = 0.0
-    is_ellipse: bool = True
-
-    def at(self, points: np.ndarray) -> np.ndarray:
-        """Positions in the image of (k, 2) points given on the shape's own axes, on which it reaches from -1 to 1."""
-        cos, sin = math.cos(self.angle), math.sin(self.angle)
-        u, v = points[:, 0] * self.half_width, points[:, 1] * self.half_height
-        return np.stack([self.x + u * cos - v * sin, self.y + u * sin + v * cos], axis=1)
-
-    def bounding_box(self) -> tuple[float, float, float, float]:
-        """XYXY of an ellipse."""
-        cos, sin = math.cos(self.angle), math.sin(self.angle)
-        dx = math.hypot(self.half_width * cos, self.half_height * sin)
-        dy = math.hypot(self.half_width * sin, self.half_height * cos)
-        return self.x - dx, self.y - dy, self.x + dx, self.y + dy
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Something with a head, or nearly.
-
-    Attributes:
-        kind: "face", or one of ``DISTRACTORS``.
-        head: ellipse from forehead to chin; hair may stand out of it.
-        body: drawn before the head, None: a floating head.
-        occluder: drawn after the head, None: nothing is held before it.
-    """
-
-    kind: str
-    head: Shape
-    body: Shape | None
-    occluder: Shape | None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Figures in the order in which they are painted: far to near, small to large."""
-
-    height: int
-    width: int
-    figures: tuple[Figure, ...]
-
-    def boxes(self) -> np.ndarray:
-        """(m, 4) float32 XYXY: the bounding boxes of the faces' heads, clipped to the image."""
-        boxes = [figure.head.bounding_box() for figure in self.figures if figure.kind == "face"]
-        limits = [self.width, self.height] * 2
-        return np.asarray(boxes, dtype=np.float32).reshape(-1, 4).clip(0, np.float32(limits))
 
 
 def records(split: str, settings: Settings, *, report: DataReport | None = None) -> list[ImageRecord]:
@@ -144,8 +53,6 @@ def render(address: str) -> np.ndarray:
     Raises:
         AnnotationError: it is not the address of a procedural image.
     """
-    from . import synthetic_paint  # nobody who only counts boxes pays for it
-
     split, index, height, width, seed = _parse_address(address)
     rng = np.random.default_rng([seed, _SPLITS.index(split), index, _PIXELS])
     return synthetic_paint.paint(layout(split, index, height, width, seed), rng)
@@ -254,10 +161,10 @@ def _parse_address(address: str) -> tuple[str, int, int, int, int]:
     query = dict(parse_qsl(parts.query))
     try:
         index = int(parts.path.lstrip("/"))
-        settings = Settings(**{key: int(query[key]) for key in ("height", "width", "seed")})
+        settings = Settings(0, 0, *(int(query[key]) for key in ("height", "width", "seed")))
         if parts.netloc not in _SPLITS or index < 0:
             raise ValueError
     except (ValueError, KeyError):
         expectation = f"{_SCHEME}://<{'|'.join(_SPLITS)}>/<index>?height=<h>&width=<w>&seed=<s>"
-        raise AnnotationError(f"expected an address {expectation}, found {address!r}") from None
+        raise AnnotationError(f"expected an address {expectation}, got {address!r}") from None
     return parts.netloc, index, settings.height, settings.width, settings.seed

@@ -6,15 +6,13 @@ Head coordinates (u, v) have their origin at the head's centre, v = -1 at the to
 u has the same unit, and a head without rotation has u to the right.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from .synthetic import Figure, Scene, Shape
+from .synthetic_scene import Figure, Scene, Shape
 
 Color = tuple[int, int, int]
 

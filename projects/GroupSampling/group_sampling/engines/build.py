@@ -1,146 +1,74 @@
-"""From a config to the core's objects: the steps that are equal for both engines."""
+"""What both engines make of a config, and what both of them log."""
 
-import difflib
-import logging
+import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from .. import distributed
 from ..anchors import AnchorGrid
-from ..config import ConfigError
+from ..config import ConfigError, check_common_values, check_values
 from ..criterion import AnchorCriterion
-from ..data.catalog import load_dataset, require_dataset
-from ..data.loader import build_train_loader, filter_empty
+from ..data.catalog import Catalog, Source
+from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
+from ..losses import BOX_LOSSES
 from ..pyramid import ImagePyramid
-from ..roi_sampling import ROI_SAMPLERS
-from ..samplers import build_anchor_sampler, named_class
+from ..roi_sampling import build_proposal_sampler
+from ..samplers import build_anchor_sampler
 
-logger = logging.getLogger(__name__)
-
-# The ROI heads that pass the proposals of a single-stage detector on as its detections.
+# Values of MODEL.ROI_HEADS.NAME: the heads that return the proposals of a single-stage detector as its detections, and
+# those of Grouped Fast R-CNN (Table 5).
 SINGLE_STAGE_HEADS = "ProposalDetections"
+GROUPED_HEADS = "GroupedROIHeads"
 
-
-def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
-    """Merge a YAML file (with its ``_BASE_``) and command-line overrides into ``cfg``.
-
-    Raises:
-        ConfigError: no such file, an unknown key or a value of the wrong type, naming file and key.
-    """
-    where = config_file
-    if config_file and not os.path.isfile(config_file):
-        raise ConfigError(f"--config-file {config_file}: no such file")
-    try:
-        if config_file:
-            cfg.merge_from_file(config_file, allow_unsafe=False)
-        where = "command line"
-        if len(opts) % 2:
-            raise ConfigError(f"command line: expected pairs KEY VALUE after the options, got {list(opts)}")
-        cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError) as error:  # yacs: unknown key in a file, on the command line
-        key = str(error.args[0] if error.args else error).rsplit(": ", 1)[-1]
-        close = difflib.get_close_matches(key, list(_keys(cfg)), n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"{where}: this engine knows no key {key}.{hint}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not plain YAML: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
-    for name, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def get_value(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
-
-
-def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> None:
-    """Refuse every key of ``allowed`` whose value is not among those given for it.
-
-    Raises:
-        ConfigError: naming key, value and what is allowed.
-    """
-    for key, values in allowed.items():
-        value = get_value(cfg, key)
-        if value not in values:
-            raise ConfigError(f"{key} is {value!r}, but must be {' or '.join(map(repr, values))}: {reason}")
+LOG_PERIOD = 20  # iterations
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Refuse what neither engine can run, naming the key."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
-            "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
-        )
-    if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
-        raise ConfigError(
-            "MODEL.RPN.IOU_THRESHOLDS must be [λ2, λ1] and MODEL.RPN.IOU_LABELS [0, -1, 1], got "
-            f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
-        )
-    build_anchor_sampler(cfg)
-    named_class(cfg, "MODEL.GROUP_SAMPLING.ROI_SAMPLER", ROI_SAMPLERS)
-    if cfg.MODEL.ANCHOR_GENERATOR.OFFSET != 0.0:
-        raise ConfigError(
-            f"MODEL.ANCHOR_GENERATOR.OFFSET must be 0, got {cfg.MODEL.ANCHOR_GENERATOR.OFFSET}: with another value the "
-            "anchors of sub-sampled cells would not lie on those of the full grid"
-        )
-    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute":
-        raise ConfigError(f'INPUT.CROP.TYPE must be "absolute" (pixels after the resize), got {cfg.INPUT.CROP.TYPE!r}')
-    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
-        raise ConfigError(f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}')
-    if cfg.INPUT.FORMAT != "RGB":
-        raise ConfigError(f'INPUT.FORMAT must be "RGB", as torchvision\'s weights expect, got {cfg.INPUT.FORMAT!r}')
-    if cfg.TEST.PYRAMID.SCALES:
-        try:
-            build_pyramid(cfg)
-        except ValueError as error:
-            raise ConfigError(f"TEST.PYRAMID: {error}") from None
-    if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
-
-
-def check_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
-    """Refuse a run that will lack a data set: better now than after the training.
+    """Refuse what neither engine can run.
 
     Raises:
-        ConfigError: an unknown name, or a declaration that makes no sense.
+        ConfigError: naming the key.
+    """
+    check_common_values(cfg)
+    build_criterion(cfg)
+    if cfg.MODEL.ROI_HEADS.NAME == GROUPED_HEADS:
+        build_proposal_sampler(cfg)
+    if cfg.TEST.PYRAMID.SCALES:
+        build_pyramid(cfg)
+
+
+def check_datasets(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_only: bool) -> None:
+    """Refuse a run that will lack a data set: better now than after the training.
+
+    Args:
+        find_source: the data set of a name; raises ValueError for an unknown one.
+
+    Raises:
+        ConfigError: an unknown name, or an invalid declaration.
         MissingDatasetError: files are missing.
     """
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             try:
-                require_dataset(name, cfg.DATASETS)
+                find_source(name).require()
             except ValueError as error:
                 raise ConfigError(f"DATASETS.{key}: {error}") from error
 
 
-def resolve_seed(cfg: CfgNode, keep: bool, shared_random_seed: Callable[[], int]) -> None:
-    """Turn ``SEED`` -1 into a number, in place.
+def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
+    """Replace ``SEED`` -1 by a number that all processes agree on, in place.
 
-    The draws of the anchors and the order of the images are functions of it, so all processes of a run must have the
-    same, and ``config.yaml`` must say which it was.
+    The draws of the anchors and the order of the images are functions of it, and ``config.yaml`` records it.
 
     Args:
-        keep: take the number of the run in ``OUTPUT_DIR``, if there is one.
-        shared_random_seed: draws a number that all processes agree on.
+        keep: use the seed of the run in ``OUTPUT_DIR``, if there is one.
     """
     if cfg.SEED >= 0:
         return
@@ -148,7 +76,7 @@ def resolve_seed(cfg: CfgNode, keep: bool, shared_random_seed: Callable[[], int]
     if keep and os.path.isfile(previous):
         cfg.SEED = cfg.load_yaml_with_base(previous)["SEED"]
     else:
-        cfg.SEED = shared_random_seed()
+        cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
 
 
 @dataclass(frozen=True)
@@ -183,14 +111,14 @@ class AnchorLayout:
             return cls(sizes, _per_level(generator.ASPECT_RATIOS, count, "ASPECT_RATIOS"), tuple(feature_strides))
         if len(feature_strides) != 1 or len(generator.SIZES) != 1 or len(generator.SIZES[0]) != len(strides):
             raise ConfigError(
-                f"MODEL.GROUP_SAMPLING.ANCHOR_STRIDES is {strides}, but needs one feature in MODEL.RPN.IN_FEATURES "
-                f"(got {cfg.MODEL.RPN.IN_FEATURES}) and one stride for each size of MODEL.ANCHOR_GENERATOR.SIZES "
+                "MODEL.GROUP_SAMPLING.ANCHOR_STRIDES: expected one feature in MODEL.RPN.IN_FEATURES and one stride per "
+                f"size of MODEL.ANCHOR_GENERATOR.SIZES, got {cfg.MODEL.RPN.IN_FEATURES} and strides {strides} for "
                 f"{generator.SIZES}"
             )
         if any(stride % feature_strides[0] or stride <= 0 for stride in strides):
             raise ConfigError(
-                f"MODEL.GROUP_SAMPLING.ANCHOR_STRIDES is {strides}, but must be multiples of the stride "
-                f"{feature_strides[0]} of {cfg.MODEL.RPN.IN_FEATURES}"
+                f"MODEL.GROUP_SAMPLING.ANCHOR_STRIDES: expected multiples of the stride {feature_strides[0]} of "
+                f"{cfg.MODEL.RPN.IN_FEATURES}, got {strides}"
             )
         return cls(
             tuple((size,) for size in generator.SIZES[0]),
@@ -201,18 +129,13 @@ class AnchorLayout:
 
     @property
     def anchors_per_cell(self) -> int:
-        """Outputs of the head for a cell.
+        """Anchors that the head predicts per cell.
 
         Raises:
             ConfigError: the levels, which share the head, differ in it.
         """
-        counts = {len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios)}
-        if len(counts) != 1:
-            raise ConfigError(
-                "The head is shared by all levels of MODEL.RPN.IN_FEATURES, which must agree in anchors per cell "
-                f"(found {sorted(counts)})"
-            )
-        return counts.pop() * max(len(self.steps), 1)
+        counts = [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios)]
+        return _common_value(counts, "anchors per cell") * max(len(self.steps), 1)
 
     def level_sizes(self, feature_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Per level (height, width) in cells that have anchors, of features (height, width) in cells."""
@@ -226,17 +149,42 @@ class AnchorLayout:
         return AnchorGrid.from_cell_anchors(cell_anchors, self.strides, self.level_sizes(feature_sizes))
 
 
+def common_channels(channels: Iterable[int]) -> int:
+    """The number of channels of the levels of the RPN.
+
+    Raises:
+        ConfigError: they differ, although they share the head.
+    """
+    return _common_value(channels, "channels")
+
+
+def _common_value(values: Iterable[int], what: str) -> int:
+    distinct = sorted(set(values))
+    if len(distinct) != 1:
+        raise ConfigError(
+            f"MODEL.RPN.IN_FEATURES: expected levels with equal numbers of {what}, since they share the head, got "
+            f"{distinct}"
+        )
+    return distinct[0]
+
+
 def _per_level(values: Sequence[Sequence[float]], num_levels: int, key: str) -> tuple[tuple[float, ...], ...]:
     if len(values) not in (1, num_levels):
         raise ConfigError(
-            f"MODEL.ANCHOR_GENERATOR.{key} must have one entry, or one for each of the {num_levels} levels of "
+            f"MODEL.ANCHOR_GENERATOR.{key}: expected one entry, or one for each of the {num_levels} levels of "
             f"MODEL.RPN.IN_FEATURES, got {values}"
         )
     return tuple(tuple(level) for level in values) * (num_levels // len(values))
 
 
 def build_criterion(cfg: CfgNode) -> AnchorCriterion:
+    """Sampler and losses that ``MODEL.GROUP_SAMPLING`` and ``MODEL.RPN`` describe.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     rpn = cfg.MODEL.RPN
+    check_values(cfg, {"MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES}, "these are the losses of the paper")
     return AnchorCriterion(
         build_anchor_sampler(cfg), box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA
     )
@@ -259,28 +207,45 @@ def build_test_transform(cfg: CfgNode) -> TestTransform:
 
 
 def build_pyramid(cfg: CfgNode) -> ImagePyramid:
-    """The image pyramid of ``TEST.PYRAMID``."""
+    """The image pyramid of ``TEST.PYRAMID``.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     pyramid = cfg.TEST.PYRAMID
-    return ImagePyramid(
-        TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
-        pyramid.SCALES,
-        flip=pyramid.FLIP,
-        max_side=pyramid.MAX_SIDE,
-        tile_overlap=pyramid.TILE_OVERLAP,
-        nms_thresh=cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
-        vote_thresh=pyramid.VOTE_THRESH,
-        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-    )
+    try:
+        return ImagePyramid(
+            TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+            pyramid.SCALES,
+            flip=pyramid.FLIP,
+            max_side=pyramid.MAX_SIDE,
+            tile_overlap=pyramid.TILE_OVERLAP,
+            nms_thresh=cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
+            vote_thresh=pyramid.VOTE_THRESH,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+    except ValueError as error:
+        raise ConfigError(f"TEST.PYRAMID: {error}") from None
 
 
 def load_records(cfg: CfgNode, names: Sequence[str]) -> list[ImageRecord]:
     """The images of several data sets, one after the other."""
-    return [record for name in names for record in load_dataset(name, cfg.DATASETS)]
+    catalog = Catalog(cfg.DATASETS)
+    return [record for name in names for record in catalog[name].records]
 
 
-def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: int, start_iter: int):
-    """The training loader of both engines; iteration i of a run has the same images whether it was resumed or not."""
-    records = load_records(cfg, cfg.DATASETS.TRAIN)
+def build_training_loader(
+    cfg: CfgNode, records: Sequence[ImageRecord], to_example: ToExample, *, start_iter: int = 0
+) -> TrainLoader:
+    """The training loader of both engines; iteration i of a run has the same images whether it was resumed or not.
+
+    Args:
+        records: the images of ``DATASETS.TRAIN``.
+        to_example: what the engine makes of an image.
+
+    Raises:
+        ConfigError: there is nothing to train on, or the data does not fit the heads or the number of processes.
+    """
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         records = filter_empty(records)
     if not records:
@@ -291,9 +256,10 @@ def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: in
             f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but DATASETS.TRAIN "
             f"{tuple(cfg.DATASETS.TRAIN)} has boxes of {num_classes} classes"
         )
+    world_size = distributed.world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the {world_size} processes"
+            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {world_size} processes, got {cfg.SOLVER.IMS_PER_BATCH}"
         )
     return build_train_loader(
         records,
@@ -301,9 +267,24 @@ def build_training_loader(cfg: CfgNode, to_example, *, rank: int, world_size: in
         to_example,
         seed=cfg.SEED,
         images_per_batch=cfg.SOLVER.IMS_PER_BATCH // world_size,
-        rank=rank,
+        rank=distributed.rank(),
         world_size=world_size,
         start_batch=start_iter,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
+    )
+
+
+def non_finite_loss(iteration: int, losses: Mapping[str, Tensor], files: Sequence[str | None]) -> FloatingPointError:
+    """The error of a step whose loss is not finite in this or another process.
+
+    Args:
+        losses: of this process.
+        files: the images of this process's batch.
+    """
+    values = {name: loss.item() for name, loss in losses.items()}
+    where = "another process" if all(map(math.isfinite, values.values())) else "this process"
+    return FloatingPointError(
+        f"iteration {iteration}: the loss of {where} is not finite. No weight was changed. The losses of this process "
+        f"are {values}, its images {list(files)}"
     )

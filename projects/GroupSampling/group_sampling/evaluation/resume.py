@@ -2,31 +2,22 @@
 
 import hashlib
 import io
+import itertools
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..detections import Detections
 from ..files import atomic_file
 
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-class ImageDetections(NamedTuple):
-    """Detections of one image."""
-
-    boxes: NDArray[np.float32]  # (k, 4) XYXY in pixels of the original image
-    scores: NDArray[np.float32]  # (k,)
-    classes: NDArray[np.int64]  # (k,) index into the data set's class names
-    anchor_scales: NDArray[np.float32] | None  # (k,) scale of the anchor that produced it; None: the model has none
 
 
 class PartialDetections:
@@ -48,14 +39,14 @@ class PartialDetections:
         self._fingerprint = fingerprint
         self._max_images = max_images
         self._max_seconds = max_seconds
-        self._pending: dict[str, ImageDetections] = {}
+        self._pending: dict[str, Detections] = {}
         self._last_write = time.monotonic()
 
     def exist(self) -> bool:
         """Whether an interrupted evaluation, of whatever, left files here."""
         return next(self._files(), None) is not None
 
-    def read(self) -> dict[str, ImageDetections]:
+    def read(self) -> dict[str, Detections]:
         """image_id -> detections, of all sound files of this fingerprint; what is wrong with the others is logged."""
         found, outdated = {}, 0
         for file in self._files():
@@ -76,7 +67,7 @@ class PartialDetections:
             )
         return found
 
-    def add(self, image_id: str, detections: ImageDetections) -> None:
+    def add(self, image_id: str, detections: Detections) -> None:
         """Note a finished image; written with the next ones."""
         self._pending[image_id] = detections
         is_due = time.monotonic() - self._last_write >= self._max_seconds
@@ -104,30 +95,28 @@ class PartialDetections:
         return iter(sorted(self._folder.glob("*.part")))
 
 
-def _pack(fingerprint: str, images: dict[str, ImageDetections]) -> bytes:
+def _pack(fingerprint: str, images: dict[str, Detections]) -> bytes:
     arrays = {
         "fingerprint": np.array(fingerprint),
         "image_ids": np.array(list(images)),
         "counts": np.array([len(found.scores) for found in images.values()]),
-        "has_scales": np.array([found.anchor_scales is not None for found in images.values()]),
-        "boxes": np.concatenate([found.boxes for found in images.values()]),
-        "scores": np.concatenate([found.scores for found in images.values()]),
-        "classes": np.concatenate([found.classes for found in images.values()]),
-        "scales": np.concatenate(
-            [np.zeros_like(f.scores) if f.anchor_scales is None else f.anchor_scales for f in images.values()]
-        ),
     }
+    for name, columns in zip(Detections._fields, zip(*images.values())):
+        present = [column for column in columns if column is not None]
+        arrays[f"has_{name}"] = np.array([column is not None for column in columns])
+        arrays[name] = np.concatenate(present) if present else np.empty(0)
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
 
 
-def _unpack(payload: bytes) -> tuple[str, dict[str, ImageDetections]]:
+def _unpack(payload: bytes) -> tuple[str, dict[str, Detections]]:
     with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-        ends = np.cumsum(arrays["counts"])[:-1]
-        columns = [np.split(arrays[name], ends) for name in ("boxes", "scores", "classes", "scales")]
-        images = {}
-        for image_id, has_scales, *found in zip(arrays["image_ids"].tolist(), arrays["has_scales"], *columns):
-            boxes, scores, classes, scales = (array.copy() for array in found)  # a view would keep the whole file
-            images[image_id] = ImageDetections(boxes, scores, classes, scales if has_scales else None)
+        columns = []
+        for name in Detections._fields:
+            has = arrays[f"has_{name}"]
+            parts = iter(np.split(arrays[name], np.cumsum(arrays["counts"][has])[:-1]))
+            # Copied: a view would keep the whole file in memory.
+            columns.append([next(parts).copy() if is_present else None for is_present in has])
+        images = dict(zip(arrays["image_ids"].tolist(), itertools.starmap(Detections, zip(*columns))))
         return str(arrays["fingerprint"]), images

@@ -4,21 +4,28 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..data.catalog import evaluation_protocol
-from ..data.fddb_annotations import read_annotations
+from .. import distributed
+from ..config import anchor_scales
+from ..data.catalog import Source
 from ..data.records import ImageRecord
+from ..detections import Detections
+from ..files import write_json
 from ..version import __version__
-from . import CocoAP, WiderFaceAP, write_predictions
-from .fddb import roc as fddb
+from .coco import CocoAP, write_coco_detections
 from .fddb.files import write_fddb_predictions
-from .resume import ImageDetections, PartialDetections
+from .fddb.roc import FDDBRoc
+from .results import Metric
+from .resume import PartialDetections
+from .wider_face.ap import WiderFaceAP
+from .wider_face.files import write_predictions
+from .wider_face.ground_truth import find_official_ground_truth
 
 logger = logging.getLogger(__name__)
 
@@ -26,65 +33,66 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """One pass of a detector over a data set.
 
-    Every process detects on the images of :attr:`share` and hands over what it found with :meth:`add`; the main process
-    scores all of it in :meth:`finish`. Finished images are kept in ``OUTPUT_DIR/inference/<data set>/partial`` until
-    the results are written, so that an interrupted evaluation can be taken up, by any number of processes.
+    Every process detects on the images of :attr:`share` and passes what it found to :meth:`add`; the main process
+    scores all of it in :meth:`finish`. Until the results are written, finished images are kept in
+    ``OUTPUT_DIR/inference/<data set>/partial``, so that any number of processes can continue an interrupted evaluation.
 
     All processes have to construct it and to call :meth:`finish` together.
 
     Args:
-        model: its weights are part of what detections are only taken up for.
-        records: the images of ``dataset_name``.
-        resume: take up what an interrupted evaluation of the same weights, configuration and images has finished.
+        source: the data set.
+        model: saved detections are reused only if they were made with these weights. None: nothing is saved.
+        resume: reuse what an interrupted evaluation of the same weights, configuration and images has finished.
             Otherwise its files are removed.
-        rank, world_size: of this process.
-        all_gather: collects a Python object from all processes, in all processes, by rank.
-        gather: the same, where only the main process needs the result.
+        images_per_file: finished images are saved when there are this many, and after a few seconds.
+
+    Attributes:
+        share: the images that this process has to look at.
     """
 
     def __init__(
         self,
         cfg: CfgNode,
-        dataset_name: str,
-        records: Sequence[ImageRecord],
-        model: nn.Module,
+        source: Source,
+        model: nn.Module | None,
         *,
         resume: bool,
-        rank: int = 0,
-        world_size: int = 1,
-        all_gather: Callable[[Any], list] = lambda value: [value],
-        gather: Callable[[Any], list] = lambda value: [value],
+        images_per_file: int = 64,
     ) -> None:
         self._cfg = cfg
-        self._dataset_name = dataset_name
-        self._records = records
-        self._is_main = rank == 0
-        self._gather = gather
-        self._detections: dict[str, ImageDetections] = {}
-        self._partial = PartialDetections(
-            os.path.join(_folder(cfg, dataset_name), "partial"), _fingerprint(cfg, dataset_name, records, model)
-        )
-        if self._is_main:
+        self._source = source
+        self._detections: dict[str, Detections] = {}
+        self._partial: PartialDetections | None = None
+        name, records = source.name, source.records
+        if model is not None:
+            self._partial = PartialDetections(
+                os.path.join(_folder(cfg, name), "partial"),
+                _fingerprint(cfg, name, records, model),
+                max_images=images_per_file,
+            )
+        if self._partial and distributed.rank() == 0:
             if resume:
                 self._detections = self._partial.read()
                 if self._detections:
                     logger.info(
-                        f"{dataset_name}: going on with an interrupted evaluation, which has finished "
-                        f"{len(self._detections)} of {len(records)} images"
+                        f"{name}: continuing an interrupted evaluation, which has finished {len(self._detections)} of "
+                        f"{len(records)} images"
                     )
             elif self._partial.exist():
-                logger.info(f"{dataset_name}: starting anew; --resume would go on with an interrupted evaluation")
+                logger.info(f"{name}: starting from the first image; --resume would continue an interrupted evaluation")
             if not self._detections:
                 self._partial.remove()
-        # What the main process says, since a file may have been written between two looks; and nobody writes before it
-        # has removed what is outdated.
-        done = set(all_gather(list(self._detections))[0])
-        self.share = [record for record in records if record.image_id not in done][rank::world_size]
+        # Rank 0 decides and broadcasts, because ranks may see the folder at different moments; and no rank writes
+        # before rank 0 has removed what is outdated.
+        done = set(distributed.broadcast(list(self._detections)))
+        todo = [record for record in records if record.image_id not in done]
+        self.share = todo[distributed.rank() :: distributed.world_size()]
 
-    def add(self, image_id: str, detections: ImageDetections) -> None:
+    def add(self, image_id: str, detections: Detections) -> None:
         """Note what was found in an image."""
         self._detections[image_id] = detections
-        self._partial.add(image_id, detections)
+        if self._partial:
+            self._partial.add(image_id, detections)
 
     def finish(self) -> dict[str, dict[str, float]] | None:
         """Score the detections of all processes and write the results, see :func:`evaluate_detections`.
@@ -92,29 +100,29 @@ class Evaluation:
         Returns:
             The metrics on the main process, None elsewhere.
         """
-        self._partial.write()
-        gathered = self._gather(self._detections)
-        if not self._is_main:
+        if self._partial:
+            self._partial.write()
+        gathered = distributed.gather(self._detections)
+        if distributed.rank() != 0:
             return None
         found = {image_id: detections for share in gathered for image_id, detections in share.items()}
         # In the order of the data set, whoever found them: results do not depend on the number of processes.
-        detections = {record.image_id: found[record.image_id] for record in self._records}
-        results = evaluate_detections(self._cfg, self._dataset_name, self._records, detections)
-        self._partial.remove()
+        ids = [record.image_id for record in self._source.records]
+        detections = {image_id: found[image_id] for image_id in ids if image_id in found}
+        results = evaluate_detections(self._cfg, self._source, detections)
+        if self._partial:
+            self._partial.remove()
         return results
 
 
-def evaluate_detections(
-    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, ImageDetections]
-) -> dict[str, dict[str, float]]:
+def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, dict[str, float]]:
     """Score a data set's detections and write results, detections and PR curves under ``OUTPUT_DIR/inference``.
 
     A data set in COCO's format gets COCO's average precision, and with a single class that of WIDER FACE as well; FDDB
     gets its ROC; every other one the average precision of WIDER FACE.
 
     Args:
-        records: the images of ``dataset_name``.
-        detections: by image id.
+        detections: by image id; images without an entry count as empty.
 
     Returns:
         Metrics in percent by protocol. "wider_face": ``AP_all``, ``AP@16``, ..., with the official files also
@@ -122,85 +130,88 @@ def evaluate_detections(
         ``AR``, and ``AP-<class>`` where there are several classes. "fddb": ``discrete@n`` and ``continuous@n``, the
         true positive rates at n = 200, 500 and 1,000 false positives, and with ``_fitted`` those of ellipses.
     """
-    missing = len(records) - len(detections)
+    folder = _folder(cfg, source.name)
+    missing = len(source.records) - len(detections)
     if missing:
-        logger.warning(f"{dataset_name}: {missing} of {len(records)} images were not looked at and count as empty")
-    results = {}
-    protocol, paths = evaluation_protocol(dataset_name, cfg.DATASETS)
-    if protocol == "fddb":
-        results["fddb"] = _evaluate_fddb(cfg, dataset_name, *paths, detections)
-    if protocol == "coco":
-        results["coco"] = _evaluate_coco(cfg, dataset_name, paths[0], detections)
-    if protocol == "wider_face" or (protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1):
-        results["wider_face"] = _evaluate_wider_face(cfg, dataset_name, records, detections)
-    return results
+        logger.warning(
+            f"{source.name}: {missing} of {len(source.records)} images were not looked at and count as empty"
+        )
+    names = [source.protocol]
+    if source.protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1:
+        names.append("wider_face")
+    metrics = {}
+    for name in names:
+        protocol = PROTOCOLS[name]
+        metric = protocol.build(cfg, source)
+        for image_id, found in detections.items():
+            metric.update(image_id, found)
+        result = metric.compute()
+        protocol.write_detections(folder, source, detections)
+        write_json(os.path.join(folder, protocol.results), result.to_dict())
+        result.plot(os.path.join(folder, protocol.plot))
+        logger.info(f"{source.name}: {len(detections)} images; results in {folder}\n{result.table()}")
+        metrics[name] = result.metrics()
+    return metrics
 
 
-def _evaluate_wider_face(
-    cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord], detections: dict[str, ImageDetections]
-) -> dict[str, float]:
-    scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
-    if cfg.TEST.WIDER_GROUND_TRUTH:
-        metric = WiderFaceAP.from_official(cfg.TEST.WIDER_GROUND_TRUTH, scales=scales)
-    else:
-        metric = WiderFaceAP.from_records(records, scales=scales)
-    for image_id, found in detections.items():
-        metric.update(image_id, found.boxes, found.scores, found.anchor_scales)
-    result = metric.compute()
+class Protocol(NamedTuple):
+    """How detections are evaluated, and the files that an evaluation leaves in its folder."""
 
-    folder = _folder(cfg, dataset_name)
+    build: Callable[[CfgNode, Source], Metric]
+    write_detections: Callable[[str, Source, Mapping[str, Detections]], None]
+    results: str
+    plot: str
+
+
+def _build_wider_face(cfg: CfgNode, source: Source) -> WiderFaceAP:
+    scales = anchor_scales(cfg)
+    ground_truth = _official_ground_truth(cfg, source)
+    if ground_truth:
+        return WiderFaceAP.from_official(ground_truth, scales=scales)
+    return WiderFaceAP.from_records(source.records, scales=scales)
+
+
+def _build_coco(cfg: CfgNode, source: Source) -> CocoAP:
+    return CocoAP(source.records, source.categories, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def _build_fddb(cfg: CfgNode, source: Source) -> FDDBRoc:
+    return FDDBRoc.from_records(source.records)
+
+
+def _write_wider_face(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
     for image_id, found in detections.items():
         write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores)
-    result.to_json(os.path.join(folder, "results.json"))
-    result.plot(os.path.join(folder, "pr_curves.png"))
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
-    return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}
 
 
-def _evaluate_coco(
-    cfg: CfgNode, dataset_name: str, annotations: str, detections: dict[str, ImageDetections]
-) -> dict[str, float]:
-    metric = CocoAP.from_file(annotations, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
-    for image_id, found in detections.items():
-        metric.update(image_id, found.boxes, found.scores, found.classes)
-    result = metric.compute()
-
-    folder = _folder(cfg, dataset_name)
-    metric.write_detections(os.path.join(folder, "coco_instances_results.json"))
-    result.to_json(os.path.join(folder, "coco_results.json"))
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
-    values = dict(result.metrics)
-    if len(result.class_ap) > 1:
-        values.update({f"AP-{name}": ap for name, ap in result.class_ap.items()})
-    return {name: 100 * value for name, value in values.items()}
+def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:
+    """The folder that ``TEST.WIDER_GROUND_TRUTH`` names or, with "auto", that lies with the data set; else nothing."""
+    if cfg.TEST.WIDER_GROUND_TRUTH != "auto":
+        return cfg.TEST.WIDER_GROUND_TRUTH
+    if source.name != "wider_face_val":  # Easy, Medium and Hard are of the whole validation set
+        return None
+    annotations = source.paths[0]  # WIDER_FACE/wider_face_split/...
+    dataset = os.path.dirname(os.path.dirname(annotations))
+    folder = find_official_ground_truth(dataset)
+    if folder is None:
+        logger.info(f"{source.name}: no Easy, Medium and Hard, since {dataset}/ground_truth has no official files")
+    return folder
 
 
-def _evaluate_fddb(
-    cfg: CfgNode, dataset_name: str, annotations: str, image_root: str, detections: dict[str, ImageDetections]
-) -> dict[str, float]:
-    images = read_annotations(annotations, image_root)
-    metric = fddb.FDDBRoc(images)
-    for image_id, found in detections.items():
-        metric.update(image_id, found.boxes, found.scores)
-    results = {"rectangles": metric.compute("none")}
-    try:
-        results["fitted ellipses"] = metric.compute("fitted")
-    except ValueError as error:
-        logger.warning(f"{dataset_name}: {error}")
+def _write_coco(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
+    write_coco_detections(os.path.join(folder, "coco_instances_results.json"), source.categories, detections)
 
-    folder = _folder(cfg, dataset_name)
-    boxes_and_scores = {image_id: (found.boxes, found.scores) for image_id, found in detections.items()}
-    write_fddb_predictions(os.path.join(folder, "predictions"), images, boxes_and_scores)
-    fddb.write_json(os.path.join(folder, "results.json"), results)
-    fddb.plot(os.path.join(folder, "roc.png"), results)
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{fddb.table(results)}")
-    rates = {}
-    for suffix, result in zip(("", "_fitted"), results.values()):
-        for number in fddb.OPERATING_POINTS:
-            discrete, continuous = result.at(number)
-            rates[f"discrete@{number}{suffix}"] = 100 * discrete
-            rates[f"continuous@{number}{suffix}"] = 100 * continuous
-    return rates
+
+def _write_fddb(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
+    images = [record.annotation for record in source.records]
+    write_fddb_predictions(os.path.join(folder, "predictions"), images, detections)
+
+
+PROTOCOLS = {
+    "wider_face": Protocol(_build_wider_face, _write_wider_face, "results.json", "pr_curves.png"),
+    "coco": Protocol(_build_coco, _write_coco, "coco_results.json", "coco_pr_curves.png"),
+    "fddb": Protocol(_build_fddb, _write_fddb, "results.json", "roc.png"),
+}
 
 
 def _folder(cfg: CfgNode, dataset_name: str) -> str:

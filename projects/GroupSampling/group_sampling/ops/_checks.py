@@ -1,7 +1,5 @@
 """Checks of arguments that the operators share. Shapes, dtypes and scalars only: values on a device are never read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -15,21 +13,21 @@ SECOND_PASSES = ("all", "best", "none")
 def boxes(op: str, name: str, value: Tensor) -> Tensor:
     """``value`` as (., 4) float32 or float64 boxes; float16 and bfloat16 are promoted to float32."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+        raise TypeError(f"{op}: expected a Tensor as {name}, got {type(value).__name__}")
     if value.dim() != 2 or value.shape[1] != 4:
-        raise ValueError(f"{op}: {name} must have shape (N, 4), got {tuple(value.shape)}")
+        raise ValueError(f"{op}: expected {name} of shape (N, 4), got {tuple(value.shape)}")
     if value.dtype in (torch.float32, torch.float64):
         return value
     if value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
-    raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    raise TypeError(f"{op}: expected float64, float32, bfloat16 or float16 {name}, got {value.dtype}")
 
 
 def same_kind(op: str, first_name: str, first: Tensor, name: str, value: Tensor) -> None:
     if value.dtype != first.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {value.dtype}")
+        raise TypeError(f"{op}: expected {name} of the dtype of {first_name}, {first.dtype}, got {value.dtype}")
     if value.device != first.device:
-        raise ValueError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {value.device}")
+        raise ValueError(f"{op}: expected {name} on the device of {first_name}, {first.device}, got {value.device}")
 
 
 def box_lists(
@@ -38,12 +36,12 @@ def box_lists(
     """Checked and promoted (gt_boxes, ignore_boxes), one tensor per image; no ignore boxes become an empty list."""
     if isinstance(gt_boxes, Tensor) or isinstance(ignore_boxes, Tensor):
         raise TypeError(
-            f"{op}: gt_boxes and ignore_boxes must be sequences of (N, 4) Tensors, one per image, got a Tensor"
+            f"{op}: expected sequences of (N, 4) Tensors, one per image, as gt_boxes and ignore_boxes, got a Tensor"
         )
     checked = [boxes(op, f"gt_boxes[{i}]", value) for i, value in enumerate(gt_boxes)]
     regions = [boxes(op, f"ignore_boxes[{i}]", value) for i, value in enumerate(ignore_boxes or ())]
     if regions and len(regions) != len(checked):
-        raise ValueError(f"{op}: ignore_boxes must have one entry per image, {len(checked)}, got {len(regions)}")
+        raise ValueError(f"{op}: expected one entry of ignore_boxes per image, {len(checked)}, got {len(regions)}")
     for i, value in enumerate(checked[1:], 1):
         same_kind(op, "gt_boxes[0]", checked[0], f"gt_boxes[{i}]", value)
     for i, value in enumerate(regions):
@@ -53,20 +51,20 @@ def box_lists(
 
 def thresholds(op: str, pos_iou: float, neg_iou: float, second_pass: str, ignore_ioa: float) -> None:
     if not MIN_THRESHOLD <= neg_iou <= pos_iou <= 1.0:
-        raise ValueError(f"{op}: needs 0 < neg_iou <= pos_iou <= 1, got neg_iou={neg_iou} and pos_iou={pos_iou}")
+        raise ValueError(f"{op}: expected 0 < neg_iou <= pos_iou <= 1, got neg_iou={neg_iou} and pos_iou={pos_iou}")
     if not MIN_THRESHOLD <= ignore_ioa <= 1.0:
-        raise ValueError(f"{op}: ignore_ioa must be in (0, 1], got {ignore_ioa}")
+        raise ValueError(f"{op}: expected ignore_ioa in (0, 1], got {ignore_ioa}")
     if second_pass not in SECOND_PASSES:
-        raise ValueError(f"{op}: second_pass must be one of {SECOND_PASSES}, got {second_pass!r}")
+        raise ValueError(f"{op}: expected second_pass to be one of {SECOND_PASSES}, got {second_pass!r}")
 
 
 def sampling(
     op: str, samples_per_group: int, positive_fraction: float, seed: int, iteration: int, first_image: int
 ) -> None:
     if samples_per_group < 1:
-        raise ValueError(f"{op}: samples_per_group must be at least 1, got {samples_per_group}")
+        raise ValueError(f"{op}: expected samples_per_group >= 1, got {samples_per_group}")
     if not 0.0 <= positive_fraction <= 1.0:
-        raise ValueError(f"{op}: positive_fraction must be in [0, 1], got {positive_fraction}")
+        raise ValueError(f"{op}: expected positive_fraction in [0, 1], got {positive_fraction}")
     for name, value in (("seed", seed), ("iteration", iteration), ("first_image", first_image)):
         if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{op}: {name} must fit into 64 bits, got {value}")
+            raise ValueError(f"{op}: expected {name} to fit into 64 bits, got {value}")

@@ -1,7 +1,5 @@
 """Loads the compiled extension once and remembers why it could not."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Pairwise IoU."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

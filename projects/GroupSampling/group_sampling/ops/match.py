@@ -1,7 +1,5 @@
 """Two-pass matching of ground-truth boxes to anchors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

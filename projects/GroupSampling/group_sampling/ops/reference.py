@@ -4,8 +4,6 @@ opinion. Readable on purpose, on any device; the C++ and CUDA kernels return the
 Shape shorthand: n anchors, m ground-truth boxes, k ignore boxes, B images, G scale groups, N samples per group.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

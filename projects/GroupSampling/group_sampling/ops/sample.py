@@ -1,7 +1,5 @@
 """Group sampling: N anchors of every scale, drawn without replacement."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,14 +86,16 @@ def sample_groups(
     """
     op = "sample_groups"
     if labels.dtype != torch.int8:
-        raise TypeError(f"{op}: labels must be int8, got {labels.dtype}")
+        raise TypeError(f"{op}: expected int8 labels, got {labels.dtype}")
     if labels.dim() not in (1, 2):
-        raise ValueError(f"{op}: labels must have shape (n,) or (B, n), got {tuple(labels.shape)}")
+        raise ValueError(f"{op}: expected labels of shape (n,) or (B, n), got {tuple(labels.shape)}")
     labels = labels[None] if labels.dim() == 1 else labels
     _checks.sampling(op, samples_per_group, positive_fraction, seed, iteration, first_image)
     if isinstance(groups, AnchorGrid):
         if num_groups not in (None, groups.num_groups):
-            raise ValueError(f"{op}: num_groups must be the grid's {groups.num_groups} or None, got {num_groups}")
+            raise ValueError(
+                f"{op}: expected num_groups to be the grid's {groups.num_groups} or None, got {num_groups}"
+            )
         num_groups, num_anchors, group_ids, lattice_ints = (
             groups.num_groups,
             groups.num_anchors,
@@ -104,18 +104,18 @@ def sample_groups(
         )
     else:
         if groups.dtype != torch.int64:
-            raise TypeError(f"{op}: group ids must be int64, got {groups.dtype}")
+            raise TypeError(f"{op}: expected int64 group ids, got {groups.dtype}")
         if groups.dim() != 1 or groups.shape[0] > MAX_CELLS:
-            raise ValueError(f"{op}: group ids must have shape (n,), n <= {MAX_CELLS}, got {tuple(groups.shape)}")
+            raise ValueError(f"{op}: expected group ids of shape (n,), n <= {MAX_CELLS}, got {tuple(groups.shape)}")
         if groups.device != labels.device:
-            raise ValueError(f"{op}: group ids must be on the labels' device, {labels.device}, got {groups.device}")
+            raise ValueError(f"{op}: expected group ids on the labels' device, {labels.device}, got {groups.device}")
         if num_groups is None:
             num_groups = int(groups.max()) + 1 if groups.numel() else 0
         if num_groups < 0:
-            raise ValueError(f"{op}: num_groups must not be negative, got {num_groups}")
+            raise ValueError(f"{op}: expected num_groups >= 0, got {num_groups}")
         num_anchors, group_ids, lattice_ints = groups.shape[0], groups, ()
     if labels.shape[1] != num_anchors:
-        raise ValueError(f"{op}: labels must have one entry per anchor, {num_anchors}, got shape {tuple(labels.shape)}")
+        raise ValueError(f"{op}: expected one label per anchor, {num_anchors}, got shape {tuple(labels.shape)}")
     draw = (samples_per_group, positive_fraction, seed, iteration, first_image)
     if _library.has_kernels(labels.device):
         result = torch.ops.group_sampling.sample_groups(labels, group_ids, lattice_ints, num_groups, *draw)

@@ -1,11 +1,11 @@
 """The Detectron2 engine.
 
-Importing it registers its backbone, anchor generator, head, RPN, ROI heads, meta-architecture and data sets.
+Importing it registers its backbones, anchor generator, heads, RPN, meta-architecture and the built-in data sets.
 """
 
 from ...config import add_group_sampling_config
 from .backbone import BilinearFPN, build_group_sampling_fpn_backbone
-from .data import GroupSamplingMapper, register_datasets
+from .data import GroupSamplingMapper, IgnoringInstances, register_datasets
 from .evaluator import GroupSamplingEvaluator
 from .rcnn import GroupSamplingRCNN, ProposalDetections
 from .roi_heads import GroupedFastRCNNOutputLayers, GroupedROIHeads
@@ -24,6 +24,7 @@ __all__ = [
     "GroupedAnchorGenerator",
     "GroupedFastRCNNOutputLayers",
     "GroupedROIHeads",
+    "IgnoringInstances",
     "ProposalDetections",
     "SoftmaxRPNHead",
     "Trainer",

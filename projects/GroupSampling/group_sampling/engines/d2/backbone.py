@@ -9,6 +9,7 @@ from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import Tensor
 
+from ...config import ConfigError
 from ..build import SINGLE_STAGE_HEADS
 
 
@@ -31,7 +32,9 @@ class BilinearFPN(FPN):
         levels = [f"p{bottom_up.output_shape()[f].stride.bit_length() - 1}" for f in in_features]
         missing = sorted(set(out_features) - set(levels))
         if missing:
-            raise ValueError(f"FPN over {list(in_features)} has the levels {levels}, but {missing} are asked for")
+            raise ConfigError(
+                f"MODEL.FPN.IN_FEATURES {list(in_features)}: expected levels among {levels}, got {missing}"
+            )
         finest = min(levels.index(f) for f in out_features)
         super().__init__(bottom_up, in_features[finest:], out_channels, **kwargs)
         for level in self._out_features:

@@ -1,22 +1,60 @@
-"""The project's data sets in Detectron2's catalogs, and its mapper."""
+"""The project's data sets in Detectron2's catalogs, Detectron2's in the project's, and the mapper."""
 
 import functools
+import io
+import os
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.file_io import PathHandler, PathManager
+from PIL import Image
+from torch import Tensor
 
-from ...data.catalog import class_names, dataset_names, load_dataset
-from ...data.records import ImageRecord, read_image
+from ...data import synthetic
+from ...data.catalog import Catalog, Source
+from ...data.images import read_image
+from ...data.records import ImageRecord
 from ...data.transforms import TestTransform, TrainTransform
 from ..build import build_test_transform, build_train_transform
+
+_RECORD = "group_sampling_record"  # the key of a dataset dict under which its record travels
+
+
+class IgnoringInstances(Instances):
+    """The ground truth of an image, and the regions that are neither an object nor background.
+
+    The regions, a ``Boxes`` of any length, are no field, since fields have one entry per object: components of
+    Detectron2 see the objects alone, and this project's, in any meta-architecture, :func:`ignore_boxes_of`.
+    """
+
+    def __init__(self, image_size: tuple[int, int], ignore_boxes: Boxes, **fields):
+        super().__init__(image_size, **fields)
+        self._ignore_boxes = ignore_boxes
+
+    @property
+    def ignore_boxes(self) -> Boxes:
+        return self._ignore_boxes
+
+    def to(self, *args, **kwargs) -> "IgnoringInstances":
+        fields = super().to(*args, **kwargs).get_fields()
+        return IgnoringInstances(self.image_size, self._ignore_boxes.to(*args, **kwargs), **fields)
+
+    def __getitem__(self, item) -> "IgnoringInstances":
+        """Selects objects; the regions stay."""
+        return IgnoringInstances(self.image_size, self._ignore_boxes, **super().__getitem__(item).get_fields())
+
+
+def ignore_boxes_of(targets: list[Instances]) -> list[Tensor]:
+    """Per image the (k, 4) ignore regions of its ground truth; of plain ``Instances`` k is 0."""
+    return [x.ignore_boxes.tensor if isinstance(x, IgnoringInstances) else x.gt_boxes.tensor[:0] for x in targets]
 
 
 def to_dataset_dict(record: ImageRecord) -> dict:
     """The record in Detectron2's standard format; ignore regions are annotations with ``iscrowd`` 1."""
-    result = {"file_name": record.file_name, "image_id": record.image_id}
+    result = {"file_name": record.file_name, "image_id": record.image_id, _RECORD: record}
     if record.height is not None:
         result.update(height=record.height, width=record.width)
     result["annotations"] = [
@@ -27,7 +65,9 @@ def to_dataset_dict(record: ImageRecord) -> dict:
 
 
 def to_record(dataset_dict: dict) -> ImageRecord:
-    """The inverse of :func:`to_dataset_dict`; takes the dicts of any Detectron2 data set."""
+    """The record of a dict of any of Detectron2's data sets; that of :func:`to_dataset_dict` is in the dict."""
+    if _RECORD in dataset_dict:
+        return dataset_dict[_RECORD]
     annotations = dataset_dict.get("annotations", [])
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     return ImageRecord(
@@ -41,30 +81,94 @@ def to_record(dataset_dict: dict) -> ImageRecord:
     )
 
 
-def _load_dicts(name: str, cfg_datasets) -> list[dict]:
-    MetadataCatalog.get(name).thing_classes = list(class_names(name, cfg_datasets))
-    return [to_dataset_dict(record) for record in load_dataset(name, cfg_datasets)]
+class RegisteredSource(Source):
+    """A data set that other code has registered in Detectron2's catalog.
+
+    Its protocol is "wider_face" if it has a single class, else "detectron2": the one of ``COCOEvaluator``.
+    """
+
+    @property
+    def protocol(self) -> str:
+        return "wider_face" if len(self.categories) == 1 else "detectron2"
+
+    @property
+    def categories(self) -> dict[int, str]:
+        return self._parsed.categories
+
+    def _read(self, report):
+        records = [to_record(dataset_dict) for dataset_dict in DatasetCatalog.get(self.name)]
+        report.num_images, report.num_boxes = len(records), sum(len(record.boxes) for record in records)
+        # Asked for last: to load a data set may register its classes.
+        return records, dict(enumerate(MetadataCatalog.get(self.name).get("thing_classes", ["object"])))
 
 
-def register_datasets(cfg=None) -> None:
+def find_source(cfg: CfgNode, name: str) -> Source:
+    """A data set of the config or, with its images and annotations, of Detectron2's catalog.
+
+    Raises:
+        ValueError: neither has this name.
+    """
+    catalog = Catalog(cfg.DATASETS)
+    if name in catalog.names or name not in DatasetCatalog.list():
+        return catalog[name]
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
+        paths = map(os.path.abspath, (metadata.json_file, metadata.image_root))
+        return Catalog({"COCO_FORMAT": [[name, *paths]]})[name]
+    return RegisteredSource(name)
+
+
+def _load_dicts(source: Source) -> list[dict]:
+    MetadataCatalog.get(source.name).thing_classes = list(source.class_names)
+    return [to_dataset_dict(record) for record in source.records]
+
+
+def register_datasets(cfg: CfgNode | None = None) -> None:
     """Register the built-in data sets, and those that ``cfg.DATASETS`` declares, in Detectron2's catalogs.
 
-    Reads no file: a data set and its class names are read when it is used. Registering again replaces what this project
-    registered before.
+    Reads no file: a data set is read when it is used, and so are the class names of one in COCO's format. Those of the
+    others are set at once. With ``cfg`` a name that is registered already is replaced.
     """
-    cfg_datasets = None if cfg is None else cfg.DATASETS
-    for name in dataset_names(cfg_datasets):
+    catalog = Catalog(None if cfg is None else cfg.DATASETS)
+    for name in catalog.names:
         if name in DatasetCatalog.list():
+            if cfg is None:
+                continue
             DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, functools.partial(_load_dicts, name, cfg_datasets))
-        MetadataCatalog.get(name).set(evaluator_type="wider_face")
+            MetadataCatalog.pop(name, None)
+        source = catalog[name]
+        DatasetCatalog.register(name, functools.partial(_load_dicts, source))
+        if source.protocol != "coco":
+            MetadataCatalog.get(name).thing_classes = list(source.class_names)
+
+
+class SyntheticHandler(PathHandler):
+    """Lets Detectron2's ``PathManager`` open a procedural image by its address, as a PNG file."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["synthetic://"]
+
+    def _isfile(self, path: str, **kwargs) -> bool:
+        return True
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs) -> io.BytesIO:
+        if mode != "rb":
+            raise ValueError(f'{path}: expected mode "rb", got {mode!r}')
+        file = io.BytesIO()
+        Image.fromarray(synthetic.render(path)).save(file, "PNG")
+        file.seek(0)
+        return file
+
+
+PathManager.register_handler(SyntheticHandler(), allow_override=True)
+register_datasets()
 
 
 class GroupSamplingMapper:
     """Dataset dict to model input: scale jitter, crop and flip of the paper (Sec. 5), or the resize of the test.
 
-    Faces of which too little is left after the crop are dropped; ``iscrowd`` annotations become ``ignore_boxes``.
+    Faces that the crop leaves too little of are dropped; ``iscrowd`` annotations become ignore regions
+    (:class:`IgnoringInstances`).
     """
 
     @configurable
@@ -80,40 +184,32 @@ class GroupSamplingMapper:
         """The random draw comes from numpy's global generator, which Detectron2 seeds in every worker."""
         record = to_record(dataset_dict)
         image = read_image(record)
-        if not self.is_train:
-            return self.to_test_example(self.transform.apply_image(image), image.shape[:2], record)
-        rng = np.random.default_rng(np.random.randint(2**31))
-        out = self.transform(image, record.boxes, record.ignore, record.classes, rng)
-        return self.to_example(out.image, out.boxes, out.classes, out.ignore_boxes, record)
+        if self.is_train:
+            rng = np.random.default_rng(np.random.randint(2**31))
+            out = self.transform(image, record.boxes, record.ignore, record.classes, rng)
+            example = self.to_example(out.image, out.boxes, out.classes, out.ignore_boxes, record)
+        else:
+            example = self.to_test_example(self.transform.apply_image(image), image.shape[:2], record)
+        return {**example, "image_id": dataset_dict["image_id"]}  # of the type that Detectron2's evaluators expect
 
     @staticmethod
     def to_example(image, boxes, classes, ignore_boxes, record: ImageRecord, draw: int | None = None) -> dict:
         """The input of a training step from what the core's loader gives."""
-        height, width = image.shape[:2]
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(torch.as_tensor(boxes))
-        instances.gt_classes = torch.as_tensor(classes)
-        return {
-            "image": _to_tensor(image),
-            "instances": instances,
-            "ignore_boxes": Boxes(torch.as_tensor(ignore_boxes)),
-            "height": height,
-            "width": width,
-            "file_name": record.file_name,
-            "image_id": record.image_id,
-        }
+        instances = IgnoringInstances(
+            image.shape[:2],
+            Boxes(torch.as_tensor(ignore_boxes)),
+            gt_boxes=Boxes(torch.as_tensor(boxes)),
+            gt_classes=torch.as_tensor(classes),
+        )
+        return {**GroupSamplingMapper.to_test_example(image, image.shape[:2], record), "instances": instances}
 
     @staticmethod
     def to_test_example(image, original_size, record: ImageRecord) -> dict:
         """``original_size`` is (height, width) before the resize: detections are returned in its pixels."""
         return {
-            "image": _to_tensor(image),
+            "image": torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1))),
             "height": original_size[0],
             "width": original_size[1],
             "file_name": record.file_name,
             "image_id": record.image_id,
         }
-
-
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,70 +1,55 @@
 """This project's evaluation as a Detectron2 evaluator."""
 
-import detectron2.utils.comm as comm
-import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
-from ...data.catalog import load_dataset
 from ...data.records import ImageRecord
-from ...evaluation.resume import ImageDetections
-from ...evaluation.run import Evaluation, evaluate_detections
+from ...detections import Detections
+from ...evaluation.run import Evaluation
+from .data import find_source
 
 
 class GroupSamplingEvaluator(DatasetEvaluator):
-    """WIDER FACE's average precision, and COCO's for data in its format, see :func:`evaluate_detections`.
+    """The protocols of :class:`~group_sampling.evaluation.run.Evaluation`: WIDER FACE's, COCO's or FDDB's.
 
-    Writes detections, results and PR curves to ``OUTPUT_DIR/inference/<data set>``. Works in several processes, each
-    with its share of the images, under any of Detectron2's loops. ``Trainer.test`` calls :meth:`start` before, and an
-    interrupted evaluation can then be taken up.
+    Writes detections, results and curves to ``OUTPUT_DIR/inference/<data set>``. Works in several processes, each with
+    its share of the images, under any of Detectron2's loops.
+
+    Under ``Trainer.test`` an interrupted evaluation can be continued.
+
+    Args:
+        dataset_name: one of the config's or of Detectron2's catalog.
     """
 
     def __init__(self, cfg, dataset_name: str):
         self._cfg = cfg
-        self._dataset_name = dataset_name
+        self._source = find_source(cfg, dataset_name)
         self._evaluation: Evaluation | None = None
-        self._detections: dict[str, ImageDetections] = {}
 
-    def start(self, model: nn.Module, *, resume: bool) -> list[ImageRecord]:
-        """Begin an evaluation that can be interrupted; returns the images that this process has to look at."""
-        self._evaluation = Evaluation(
-            self._cfg,
-            self._dataset_name,
-            load_dataset(self._dataset_name, self._cfg.DATASETS),
-            model,
-            resume=resume,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
-            all_gather=comm.all_gather,
-            gather=comm.gather,
-        )
+    def start(self, model: nn.Module | None, *, resume: bool) -> list[ImageRecord]:
+        """Begin an evaluation; returns the images that this process has to look at.
+
+        Args:
+            model: finished images are kept on disk, to be reused with the same weights; None: they are not.
+            resume: continue an interrupted evaluation.
+        """
+        self._evaluation = Evaluation(self._cfg, self._source, model, resume=resume)
         return self._evaluation.share
 
     def reset(self) -> None:
-        self._detections = {}
+        """Called by Detectron2's loop before the first image."""
+        if self._evaluation is None:
+            self.start(None, resume=False)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs):
-            found = output["instances"].to("cpu")
-            detections = ImageDetections(
-                boxes=found.pred_boxes.tensor.numpy(),
-                scores=found.scores.numpy(),
-                classes=found.pred_classes.numpy() if found.has("pred_classes") else np.zeros(len(found), np.int64),
-                anchor_scales=found.anchor_scales.numpy() if found.has("anchor_scales") else None,
-            )
-            if self._evaluation is not None:
-                self._evaluation.add(str(image["image_id"]), detections)
-            else:
-                self._detections[str(image["image_id"])] = detections
+            found = output["instances"]
+            classes = found.pred_classes if found.has("pred_classes") else found.scores.new_zeros(len(found), dtype=int)
+            scales = found.anchor_scales if found.has("anchor_scales") else None
+            detections = Detections(found.pred_boxes.tensor, found.scores, classes, scales)
+            self._evaluation.add(str(image["image_id"]), detections.numpy())
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns ``{"wider_face": {"AP_all": ..., "AP@16": ...}}`` in percent on the main process, None elsewhere."""
-        if self._evaluation is not None:
-            evaluation, self._evaluation = self._evaluation, None
-            return evaluation.finish()
-        gathered = comm.gather(self._detections)
-        if not comm.is_main_process():
-            return None
-        detections = {image_id: found for share in gathered for image_id, found in share.items()}
-        records = load_dataset(self._dataset_name, self._cfg.DATASETS)
-        return evaluate_detections(self._cfg, self._dataset_name, records, detections)
+        evaluation, self._evaluation = self._evaluation, None
+        return evaluation.finish()

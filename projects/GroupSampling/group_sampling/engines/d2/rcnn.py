@@ -1,44 +1,52 @@
-"""The meta-architecture, and the ROI heads of a detector that has none."""
+"""The meta-architecture, and the ROI heads of a single-stage detector."""
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, GeneralizedRCNN
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ...checkpoint import convert_in_place, refuse_partial_weights
+from ...config import ConfigError
 from ...inference import Proposals, proposals_to_detections
-from .roi_heads import GroupedROIHeads
 
 
 @META_ARCH_REGISTRY.register()
 class GroupSamplingRCNN(GeneralizedRCNN):
-    """``GeneralizedRCNN`` that hands the ignore regions of the images to its proposal generator and grouped ROI heads.
+    """``GeneralizedRCNN`` that loads the weights of either engine.
 
-    Inputs are those of ``GeneralizedRCNN``, and while training optionally ``ignore_boxes`` (``Boxes``) for each image.
-    Every detection has ``pred_boxes``, ``scores``, ``pred_classes`` and ``anchor_scales``.
+    It converts weights of the torchvision engine itself, so that ``DefaultPredictor`` and other tools can load them. In
+    eval mode it refuses weights that do not fit it entirely, since it would detect with random ones.
     """
 
-    def forward(self, batched_inputs: list[dict]):
-        if not self.training:
-            return self.inference(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        ignore_boxes = [
-            x["ignore_boxes"].to(self.device) if "ignore_boxes" in x else Boxes(self.pixel_mean.new_zeros((0, 4)))
-            for x in batched_inputs
-        ]
-        features = self.backbone(images.tensor)
-        proposals, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes)
-        more = (ignore_boxes,) if isinstance(self.roi_heads, GroupedROIHeads) else ()
-        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances, *more)
-        return {**losses, **detector_losses}
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_prepare_weights)
+
+
+def _prepare_weights(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    if not prefix:  # not as a part of another model
+        # It changes the shape of the second stage's outputs, and Detectron2's checkpointer leaves out what has another
+        # shape before the model is asked.
+        predictor = "roi_heads.box_predictor."
+        is_torchvision = any(name.startswith(("rpn.head.", "backbone.body.")) for name in state_dict)
+        names = {f"{predictor}{layer}.weight" for layer in ("cls_score", "bbox_pred")}
+        if is_torchvision and len(names & state_dict.keys()) == 1:
+            raise ConfigError(
+                "MODEL.WEIGHTS: the torchvision engine's weights of a second stage cannot be converted by Detectron2's "
+                "checkpointer. Load them with GroupSamplingCheckpointer, or convert the file first: "
+                "python -m group_sampling.checkpoint SOURCE TARGET --engine detectron2"
+            )
+        convert_in_place(state_dict, "detectron2", model)
+        refuse_partial_weights(state_dict, model)
 
 
 @ROI_HEADS_REGISTRY.register()
 class ProposalDetections(nn.Module):
     """ROI heads of a single-stage detector: no parameters, the proposals become the detections.
 
-    With it an RPN gets everything that Detectron2 offers for detectors: evaluators, predictor, test-time augmentation.
+    With them, an RPN is a detector for all of Detectron2: evaluators, predictor, test-time augmentation.
     """
 
     @configurable
@@ -51,9 +59,9 @@ class ProposalDetections(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
         if cfg.MODEL.ROI_HEADS.NUM_CLASSES != 1:
-            raise ValueError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES must be 1 with ProposalDetections (an RPN knows one class), "
-                f"got {cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
+            raise ConfigError(
+                "MODEL.ROI_HEADS.NUM_CLASSES: expected 1 with ProposalDetections, since an RPN has one class, got "
+                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
             )
         return {
             "score_thresh": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
@@ -68,6 +76,7 @@ class ProposalDetections(nn.Module):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Per image ``pred_boxes``, ``scores``, ``pred_classes`` and, if the proposals have them, ``anchor_scales``."""
         if self.training:
             return proposals, {}
         return [self._detect(image) for image in proposals], {}
@@ -77,16 +86,19 @@ class ProposalDetections(nn.Module):
         return instances
 
     def _detect(self, image: Instances) -> Instances:
+        has_scales = image.has("anchor_scales")  # those of Detectron2's RPN have none
         boxes, scores, scales = proposals_to_detections(
-            Proposals(image.proposal_boxes.tensor, image.objectness_logits, image.anchor_scales),
+            Proposals(
+                image.proposal_boxes.tensor,
+                image.objectness_logits,
+                image.anchor_scales if has_scales else torch.zeros_like(image.objectness_logits),
+            ),
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,
             max_detections=self.max_detections,
         )
-        return Instances(
-            image.image_size,
-            pred_boxes=Boxes(boxes),
-            scores=scores,
-            pred_classes=scores.new_zeros(len(scores), dtype=int),
-            anchor_scales=scales,
-        )
+        found = Instances(image.image_size, pred_boxes=Boxes(boxes), scores=scores)
+        found.pred_classes = scores.new_zeros(len(scores), dtype=int)
+        if has_scales:
+            found.anchor_scales = scales
+        return found

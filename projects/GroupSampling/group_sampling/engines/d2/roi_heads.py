@@ -7,21 +7,21 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ...losses import box_loss
 from ...roi_sampling import ProposalSample, ProposalSampler, build_proposal_sampler
-from ...samplers import name_counts
-from .rpn import LOG_PERIOD
+from .data import ignore_boxes_of
+from .rpn import log_counts, refuse_partial_load
 
 
 class GroupedFastRCNNOutputLayers(FastRCNNOutputLayers):
-    """``FastRCNNOutputLayers`` that knows the paper's regression losses and hands on the scale of the proposals.
+    """``FastRCNNOutputLayers`` with the paper's regression losses, whose detections have the scale of their proposal.
 
-    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 4.3, Table 3) besides Detectron2's
-    own types.
+    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` may be ``iou_l2`` or ``iou_log`` (Sec. 5, Table 3) or one of
+    Detectron2's own types.
     """
 
     def box_reg_loss(self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor) -> Tensor:
@@ -83,6 +83,7 @@ class GroupedROIHeads(StandardROIHeads):
         """
         super().__init__(**kwargs)
         self.sampler = sampler
+        self.register_load_state_dict_pre_hook(refuse_partial_load)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
@@ -94,43 +95,23 @@ class GroupedROIHeads(StandardROIHeads):
         parts["box_predictor"] = GroupedFastRCNNOutputLayers(cfg, parts["box_head"].output_shape)
         return parts
 
-    def forward(
-        self,
-        images: ImageList,
-        features: dict[str, Tensor],
-        proposals: list[Instances],
-        targets: list[Instances] | None = None,
-        ignore_boxes: list[Boxes] | None = None,
-    ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """As ``StandardROIHeads.forward``; ``ignore_boxes`` are per image regions whose proposals are no negatives."""
-        if not self.training:
-            return super().forward(images, features, proposals, targets)
-        if targets is None:
-            raise ValueError("GroupedROIHeads needs targets while training")
-        proposals = self.label_and_sample_proposals(proposals, targets, ignore_boxes)
-        losses = self._forward_box(features, proposals)
-        # Last, and in this order: they may read the boxes that the box head has predicted.
-        losses.update(self._forward_mask(features, proposals))
-        losses.update(self._forward_keypoint(features, proposals))
-        return proposals, losses
-
     @torch.no_grad()
-    def label_and_sample_proposals(
-        self, proposals: list[Instances], targets: list[Instances], ignore_boxes: list[Boxes] | None = None
-    ) -> list[Instances]:
-        """As ``ROIHeads.label_and_sample_proposals``: the drawn proposals with the ``gt_*`` fields of their targets."""
+    def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
+        """As ``ROIHeads.label_and_sample_proposals``: the drawn proposals with the ``gt_*`` fields of their targets.
+
+        Proposals in the ignore regions of the targets (:class:`~group_sampling.engines.d2.data.IgnoringInstances`) are
+        not used as negatives.
+        """
         if self.proposal_append_gt:
             proposals = add_ground_truth_to_proposals(targets, proposals)
         storage = get_event_storage()
         samples = self.sampler(
             [image.proposal_boxes.tensor for image in proposals],
             [image.gt_boxes.tensor for image in targets],
-            None if ignore_boxes is None else [image.tensor for image in ignore_boxes],
+            ignore_boxes_of(targets),
             iteration=storage.iter,
         )
-        if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
-            num_pos, num_neg = self.sampler.count_by_scale(samples)
-            storage.put_scalars(**name_counts("roi", self.sampler.scales, num_pos.tolist(), num_neg.tolist()))
+        log_counts(storage, "roi", self.sampler.scales, *self.sampler.count_by_scale(samples))
         return [self._label(*image) for image in zip(proposals, targets, samples)]
 
     def _label(self, proposals: Instances, targets: Instances, sample: ProposalSample) -> Instances:

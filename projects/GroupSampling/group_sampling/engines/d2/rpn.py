@@ -8,25 +8,36 @@ from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, PROPOSAL_GENERATOR_RE
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor, nn
 
 from ... import head
 from ...anchors import AnchorGrid
-from ...config import ConfigError
+from ...checkpoint import refuse_partial_weights
+from ...config import ConfigError, check_values
 from ...criterion import AnchorCriterion
-from ...head import flatten_predictions, predict_from
+from ...head import Predict, flatten_predictions, predict_from
 from ...inference import select_proposals
 from ...samplers import build_anchor_sampler, name_counts
-from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion
+from ..build import LOG_PERIOD, SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
+from .data import ignore_boxes_of
 
-# The numbers of drawn samples are read back from the device this often (in iterations), not every time.
-LOG_PERIOD = 20
+
+def log_counts(storage: EventStorage, stage: str, scales: Sequence[float], num_pos: Tensor, num_neg: Tensor) -> None:
+    """Log :func:`~group_sampling.samplers.name_counts` in iterations that are written: to read them back is a wait."""
+    if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
+        for name, count in name_counts(stage, scales, num_pos.tolist(), num_neg.tolist()).items():
+            storage.put_scalar(name, count)
+
+
+def refuse_partial_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    """Load hook for a part of Detectron2's own meta-architectures, where missing weights are logged and no more."""
+    refuse_partial_weights(state_dict, module, prefix=prefix)
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class GroupedAnchorGenerator(DefaultAnchorGenerator):
-    """``DefaultAnchorGenerator`` that also knows which anchors are of one scale (Sec. 4.2).
+    """``DefaultAnchorGenerator`` of the layout that a config describes (Sec. 4.2, Table 1).
 
     With ``MODEL.GROUP_SAMPLING.ANCHOR_STRIDES`` the anchors of every size sit on their own sub-sampling of one feature.
     """
@@ -35,17 +46,11 @@ class GroupedAnchorGenerator(DefaultAnchorGenerator):
     def __init__(self, *, layout: AnchorLayout, offset: float = 0.0):
         super().__init__(sizes=layout.sizes, aspect_ratios=layout.aspect_ratios, strides=layout.strides, offset=offset)
         self.layout = layout
-        # On the CPU, so that grid() waits for no GPU.
-        self._base_boxes = [boxes.clone() for boxes in self.cell_anchors]
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
         layout = AnchorLayout.from_config(cfg, [shape.stride for shape in input_shape])
         return {"layout": layout, "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET}
-
-    def grid(self, features: list[Tensor]) -> AnchorGrid:
-        """The anchors of ``features`` (per level (B, C, H, W)) as lattices, in the order of :meth:`forward`."""
-        return self.layout.grid([f.shape[-2:] for f in features], self._base_boxes)
 
     def forward(self, features: list[Tensor]) -> list[Boxes]:
         """Per level, its anchors in the order of rows, columns and base boxes."""
@@ -66,14 +71,8 @@ class SoftmaxRPNHead(head.SoftmaxRPNHead):
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
         layout = AnchorLayout.from_config(cfg, [shape.stride for shape in input_shape])
-        channels = {shape.channels for shape in input_shape}
-        if len(channels) != 1:
-            raise ConfigError(
-                "The head is shared by all levels of MODEL.RPN.IN_FEATURES, which must agree in channels (found "
-                f"{sorted(channels)})"
-            )
         return {
-            "in_channels": channels.pop(),
+            "in_channels": common_channels(shape.channels for shape in input_shape),
             "num_anchors": layout.anchors_per_cell,
             "steps": layout.steps,
             "face_prior": build_anchor_sampler(cfg).face_prior,
@@ -85,7 +84,8 @@ class GroupSamplingRPN(RPN):
     """RPN trained on the same number of anchors of every scale (Sec. 4).
 
     Matching, sampling and losses are :class:`~group_sampling.criterion.AnchorCriterion`'s; proposals carry the scale of
-    their anchor as ``anchor_scales``. Works in any meta-architecture that takes an RPN.
+    their anchor as ``anchor_scales``. Works in any meta-architecture that has an RPN, with this project's anchor
+    generator or Detectron2's.
     """
 
     @configurable
@@ -99,9 +99,26 @@ class GroupSamplingRPN(RPN):
         super().__init__(**kwargs)
         self.criterion = criterion
         self.single_stage = single_stage
+        generator = self.anchor_generator
+        if not isinstance(generator, DefaultAnchorGenerator):
+            raise ConfigError(
+                "MODEL.ANCHOR_GENERATOR.NAME: expected GroupedAnchorGenerator or DefaultAnchorGenerator with "
+                f"GroupSamplingRPN, got {type(generator).__name__}"
+            )
+        # They stay on the CPU, so that grid() waits for no GPU.
+        self._base_boxes = [boxes.clone() for boxes in generator.cell_anchors]
+        self.register_load_state_dict_pre_hook(refuse_partial_load)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        check_values(
+            cfg,
+            {"MODEL.RPN.BOUNDARY_THRESH": (-1,), "MODEL.RPN.BBOX_REG_WEIGHTS": ((1.0, 1.0, 1.0, 1.0),)},
+            "GroupSamplingRPN supports nothing else",
+        )
+        if cfg.MODEL.GROUP_SAMPLING.ANCHOR_STRIDES:
+            names = {"MODEL.ANCHOR_GENERATOR.NAME": ("GroupedAnchorGenerator",)}
+            check_values(cfg, names, "MODEL.GROUP_SAMPLING.ANCHOR_STRIDES needs it")
         return {
             **super().from_config(cfg, input_shape),
             "criterion": build_criterion(cfg),
@@ -109,13 +126,13 @@ class GroupSamplingRPN(RPN):
         }
 
     def forward(
-        self,
-        images: ImageList,
-        features: dict[str, Tensor],
-        gt_instances: list[Instances] | None = None,
-        ignore_boxes: list[Boxes] | None = None,
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """As ``RPN.forward``, and ``ignore_boxes``: per image, regions whose anchors are no negatives.
+        """As ``RPN.forward``.
+
+        Args:
+            gt_instances: anchors in the ignore regions of
+                :class:`~group_sampling.engines.d2.data.IgnoringInstances` are not used as negatives.
 
         Returns:
             proposals: per image ``Instances`` with ``proposal_boxes`` and ``objectness_logits``, best first, and at
@@ -123,20 +140,17 @@ class GroupSamplingRPN(RPN):
             losses: ``loss_rpn_cls`` and ``loss_rpn_loc`` while training.
         """
         features = [features[f] for f in self.in_features]
-        grid = self.anchor_generator.grid(features)
+        grid = self.grid(features)
         if self.training and gt_instances is None:
-            raise ValueError("GroupSamplingRPN needs gt_instances while training")
+            raise ValueError("GroupSamplingRPN: expected gt_instances while training, got None")
         if self.training and self.single_stage and isinstance(self.rpn_head, head.SoftmaxRPNHead):
-            predict = self.rpn_head.predictor(features, grid)
-            losses = self._losses(grid, predict, gt_instances, ignore_boxes)
+            losses = self._losses(grid, self.rpn_head.predictor(features, grid), gt_instances)
             return [Instances(size) for size in images.image_sizes], losses
 
         logits, deltas = flatten_predictions(*self.rpn_head(features))
-        losses = {}
-        if self.training:
-            losses = self._losses(grid, predict_from(logits, deltas), gt_instances, ignore_boxes)
-            if self.single_stage:
-                return [Instances(size) for size in images.image_sizes], losses
+        losses = self._losses(grid, predict_from(logits, deltas), gt_instances) if self.training else {}
+        if self.training and self.single_stage:
+            return [Instances(size) for size in images.image_sizes], losses
         selected = select_proposals(
             grid,
             logits.detach(),
@@ -155,18 +169,18 @@ class GroupSamplingRPN(RPN):
             proposals.append(proposal)
         return proposals, losses
 
-    def _losses(self, grid, predict, gt_instances, ignore_boxes) -> dict[str, Tensor]:
+    def grid(self, features: list[Tensor]) -> AnchorGrid:
+        """The anchors of ``features`` (per level (B, C, H, W)) as lattices, in the order of the anchor generator."""
+        generator, sizes = self.anchor_generator, [f.shape[-2:] for f in features]
+        if isinstance(generator, GroupedAnchorGenerator):
+            sizes = generator.layout.level_sizes(sizes)
+        return AnchorGrid.from_cell_anchors(self._base_boxes, generator.strides, sizes, offset=generator.offset)
+
+    def _losses(self, grid: AnchorGrid, predict: Predict, targets: list[Instances]) -> dict[str, Tensor]:
         storage = get_event_storage()
-        result = self.criterion(
-            grid,
-            predict,
-            [x.gt_boxes.tensor for x in gt_instances],
-            None if ignore_boxes is None else [x.tensor for x in ignore_boxes],
-            iteration=storage.iter,
-        )
-        if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
-            counts = name_counts("rpn", grid.scales, result.num_pos.tolist(), result.num_neg.tolist())
-            storage.put_scalars(**counts)
+        gt_boxes = [x.gt_boxes.tensor for x in targets]
+        result = self.criterion(grid, predict, gt_boxes, ignore_boxes_of(targets), iteration=storage.iter)
+        log_counts(storage, "rpn", grid.scales, result.num_pos, result.num_neg)
         seconds = self.criterion.sampler.timer.seconds
         if seconds is not None:
             storage.put_scalar("time_assign", seconds)

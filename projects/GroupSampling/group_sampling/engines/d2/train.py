@@ -1,35 +1,36 @@
 """Training and evaluation with Detectron2."""
 
-import contextlib
+import argparse
 import functools
 import logging
 import os
-from unittest import mock
+import weakref
 
+import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
+import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, create_ddp_model, default_setup, defaults, launch
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
-from ...config import add_group_sampling_config
-from ..build import (
-    build_training_loader,
-    check_config,
-    check_datasets,
-    check_values,
-    get_value,
-    merge_config,
-    resolve_seed,
-)
-from .data import GroupSamplingMapper, register_datasets, to_dataset_dict
+from ...config import add_group_sampling_config, check_values, get_value, merge_config
+from ..build import build_training_loader, check_config, check_datasets, non_finite_loss, resolve_seed
+from ..launch import launch
+from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
 
@@ -42,14 +43,20 @@ _REPLACED_KEYS = (
     "DATALOADER.REPEAT_THRESHOLD",
     "DATALOADER.SAMPLER_TRAIN",
     "DATASETS.PROPOSAL_FILES_TRAIN",
-    "MODEL.RPN.BOUNDARY_THRESH",
-    "MODEL.RPN.BBOX_REG_WEIGHTS",
     "TEST.AUG.ENABLED",
 )
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
+}
 
 
 class GroupSamplingCheckpointer(CheckpointMixin, DetectionCheckpointer):
-    """Detectron2's checkpointer: atomic, code-free, and reads the torchvision engine's files as well."""
+    """Detectron2's checkpointer: atomic, runs no code from files, and reads the torchvision engine's files as well."""
 
     naming = "detectron2"
 
@@ -58,26 +65,33 @@ class Trainer(DefaultTrainer):
     """``DefaultTrainer`` with this project's loader, evaluator and checkpointer, also for several CPU processes."""
 
     def __init__(self, cfg: CfgNode):
-        # DefaultTrainer names a device for each process, which DistributedDataParallel refuses for a model on the CPU.
-        without_device = functools.partial(create_ddp_model, device_ids=None)
-        is_cpu = cfg.MODEL.DEVICE == "cpu"
-        with mock.patch.object(defaults, "create_ddp_model", without_device) if is_cpu else contextlib.nullcontext():
-            super().__init__(cfg)
-        self._trainer.model.register_forward_hook(_stop_all_at_a_loss_that_is_not_finite)
+        # In place of DefaultTrainer's own, which names a GPU for each process and a checkpointer of Detectron2.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        check_config(cfg)
+        cfg.defrost()
+        resolve_seed(cfg, keep=False)
+        cfg.freeze()
+        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
 
-    def build_hooks(self):
-        # DefaultTrainer makes its own checkpointer just before the hooks that use it.
-        self.checkpointer = GroupSamplingCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
-        )
-        return super().build_hooks()
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        model.register_forward_hook(_raise_on_non_finite_loss)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
-        # The loader of __init__ starts at iteration 0; a resumed run goes on where it stopped.
-        if self.start_iter > 0:
+        if self.start_iter > 0:  # the loader of __init__ starts at iteration 0
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
-            # The hooks evaluate with it: also the last evaluation goes on where it stopped.
+            # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
     def after_train(self) -> None:
@@ -87,22 +101,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
-        return build_training_loader(
-            cfg,
-            GroupSamplingMapper.to_example,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
-            start_iter=start_iter,
-        )
+        records = [record for name in cfg.DATASETS.TRAIN for record in find_source(cfg, name).records]
+        return build_training_loader(cfg, records, GroupSamplingMapper.to_example, start_iter=start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        images = DatasetCatalog.get(dataset_name)
+        if dataset_name in DatasetCatalog.list():
+            images = DatasetCatalog.get(dataset_name)
+        else:
+            images = list(map(to_dataset_dict, find_source(cfg, dataset_name).records))
         return cls._build_loader(cfg, images[comm.get_rank() :: comm.get_world_size()])
 
     @staticmethod
     def _build_loader(cfg: CfgNode, images: list[dict]):
-        """Loader of this process's images. There may be none, which Detectron2's sampler and serialisation refuse."""
+        """Loader of this process's images. There may be none, which Detectron2's sampler and serialization refuse."""
         return build_detection_test_loader(
             DatasetFromList(images, copy=False, serialize=False),
             mapper=GroupSamplingMapper(cfg, is_train=False),
@@ -111,72 +123,73 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg: CfgNode, model, evaluators=None, *, resume: bool = False):
-        """``DefaultTrainer.test``, on the image pyramid of ``TEST.PYRAMID`` where there is one.
-
-        Args:
-            resume: take up an interrupted evaluation. Where ``evaluators`` are given, or ``build_evaluator`` makes
-                others than this project's, all images are evaluated.
-        """
-        detector = GroupSamplingTTA(cfg, model) if cfg.TEST.PYRAMID.SCALES else model
-        if evaluators is None:
-            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
-            if all(isinstance(evaluator, GroupSamplingEvaluator) for evaluator in evaluators):
-                return cls._test_resumable(cfg, model, detector, evaluators, resume)
-        return super().test(cfg, detector, evaluators)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """This project's evaluator; Detectron2's for a set of several classes that is registered as dicts alone."""
+        if find_source(cfg, dataset_name).protocol == "detectron2":
+            return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+        return GroupSamplingEvaluator(cfg, dataset_name)
 
     @classmethod
-    def _test_resumable(cls, cfg: CfgNode, model, detector, evaluators: list[GroupSamplingEvaluator], resume: bool):
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None, *, resume: bool = False):
+        """``DefaultTrainer.test``, on the image pyramid of ``TEST.PYRAMID`` if its ``SCALES`` are set.
+
+        Args:
+            resume: continue an interrupted evaluation. With other evaluators than this project's, all images are
+                evaluated.
+        """
+        detector = GroupSamplingTTA(cfg, model) if cfg.TEST.PYRAMID.SCALES else model
+        if evaluators is not None:
+            return super().test(cfg, detector, evaluators)
         results = {}
-        for name, evaluator in zip(cfg.DATASETS.TEST, evaluators):
-            share = [to_dataset_dict(record) for record in evaluator.start(model, resume=resume)]
-            results[name] = inference_on_dataset(detector, cls._build_loader(cfg, share), evaluator)
+        for name in cfg.DATASETS.TEST:
+            evaluator = cls.build_evaluator(cfg, name)
+            if isinstance(evaluator, GroupSamplingEvaluator):
+                share = evaluator.start(model, resume=resume)
+                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)))
+            else:
+                loader = cls.build_test_loader(cfg, name)
+            results[name] = inference_on_dataset(detector, loader, evaluator)
             if comm.is_main_process():
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results
 
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return GroupSamplingEvaluator(cfg, dataset_name)
 
-
-def _stop_all_at_a_loss_that_is_not_finite(model: nn.Module, inputs: tuple[list[dict]], losses: dict) -> None:
+def _raise_on_non_finite_loss(model: nn.Module, inputs: tuple[list[dict]], losses: dict[str, Tensor]) -> None:
     """Forward hook. Detectron2 itself raises on the main process only, and the others wait until they time out."""
     if not model.training:
         return
     is_finite = sum(losses.values()).detach().isfinite().float()
-    is_finite_everywhere = is_finite.clone()
     if comm.get_world_size() > 1:
-        dist.all_reduce(is_finite_everywhere, dist.ReduceOp.MIN)
-    if not is_finite_everywhere:
-        where = "another process" if is_finite else "this process"
-        values = {name: loss.item() for name, loss in losses.items()}
-        raise FloatingPointError(
-            f"iteration {get_event_storage().iter}: the loss of {where} is not finite. No weight was changed. Here the "
-            f"losses are {values}, of the images {[example.get('file_name') for example in inputs[0]]}"
-        )
+        dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+    if not is_finite:
+        files = [example.get("file_name") for example in inputs[0]]
+        raise non_finite_loss(get_event_storage().iter, losses, files)
 
 
-def _load_config(args) -> CfgNode:
-    """The checked config of a run."""
+def load_config(config_file: str, opts: list[str]) -> CfgNode:
+    """The checked config of a run: Detectron2's keys and this project's.
+
+    Raises:
+        ConfigError: an unknown key, or a value that cannot be used.
+    """
     cfg = get_cfg()
     add_group_sampling_config(cfg)
     defaults = cfg.clone()
-    merge_config(cfg, args.config_file, args.opts)
+    merge_config(cfg, config_file, opts)
     check_config(cfg)
-    check_datasets(cfg, eval_only=args.eval_only)
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
         "this project replaces the part of Detectron2 that reads it",
     )
+    for key, registry in _REGISTRIES.items():
+        check_values(cfg, {key: [name for name, _ in registry]}, "Detectron2 has no other registered")
     return cfg
 
 
-def setup(args) -> CfgNode:
-    """The frozen config of a run, checked; logging and seeds are set up."""
-    cfg = _load_config(args)
-    resolve_seed(cfg, args.resume or args.eval_only, comm.shared_random_seed)
+def setup(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """Set up logging and seeds of a run, and register its data sets; returns the frozen config."""
+    resolve_seed(cfg, keep=args.resume or args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="group_sampling")
@@ -184,30 +197,31 @@ def setup(args) -> CfgNode:
     return cfg
 
 
-def _work(args):
-    cfg = setup(args)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        GroupSamplingCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model, resume=args.resume)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict | None:
+    """What each process does."""
+    if dist.is_initialized():
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    cfg = setup(cfg, args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    model.train(getattr(args, "allow_partial_weights", False))  # a detector to evaluate needs all weights
+    GroupSamplingCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, model, resume=args.resume)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
-def main(args) -> None:
-    """Run what ``train_net.py`` was asked for; ``args`` are those of Detectron2's ``default_argument_parser``."""
-    # Where GPUs are visible, launch() takes NCCL and a GPU for each process, whatever the config says.
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if _load_config(args).MODEL.DEVICE == "cpu" and args.num_gpus > 1 else {}
-    with mock.patch.dict(os.environ, hidden):
-        launch(
-            _work,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+def main(args: argparse.Namespace) -> dict | None:
+    """Train or evaluate as ``train_net.py`` does; see :func:`~group_sampling.engines.launch.launch` for ``args``.
+
+    Raises:
+        ConfigError: the config or the number of processes is not usable here.
+        MissingDatasetError: files of a data set are missing.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
+    return launch(_work, cfg, args)

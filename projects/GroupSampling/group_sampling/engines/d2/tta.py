@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...pyramid import Detections
+from ...detections import Detections
 from ..build import build_pyramid
 
 
@@ -43,12 +43,11 @@ class GroupSamplingTTA(nn.Module):
         size = x.get("height", image.shape[0]), x.get("width", image.shape[1])
         found = self.pyramid(image, self._detect_tile, size)
         instances = Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.classes)
-        if not found.anchor_scales.isnan().any():
+        if found.anchor_scales is not None:
             instances.anchor_scales = found.anchor_scales
         return instances
 
     def _detect_tile(self, tile: np.ndarray) -> Detections:
         instances = self.model([{"image": torch.from_numpy(tile).permute(2, 0, 1)}])[0]["instances"]
-        scores = instances.scores
-        scales = instances.anchor_scales if instances.has("anchor_scales") else torch.full_like(scores, torch.nan)
-        return Detections(instances.pred_boxes.tensor, scores, instances.pred_classes, scales)
+        scales = instances.anchor_scales if instances.has("anchor_scales") else None
+        return Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes, scales)

@@ -1,131 +1,64 @@
-"""The part of Detectron2's config that this engine honours: Detectron2's names and defaults, fvcore's ``CfgNode``."""
+"""The part of Detectron2's config that this engine supports: Detectron2's names and defaults, fvcore's ``CfgNode``."""
 
+import ast
 from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from ...config import add_group_sampling_config
+from ...config import ConfigError, add_group_sampling_config, check_values, merge_config
 from ...losses import BOX_LOSSES
-from ..build import SINGLE_STAGE_HEADS, ConfigError, check_config, check_values, merge_config
+from ..build import GROUPED_HEADS, SINGLE_STAGE_HEADS, check_config
 
 FPN_BACKBONE = "build_group_sampling_fpn_backbone"
-GROUPED_HEADS = "GroupedROIHeads"
 RESNET_BACKBONES = ("build_group_sampling_resnet_backbone", "build_resnet_backbone")
 
-_DEFAULTS = {
-    "VERSION": 2,
-    "MODEL": {
-        "DEVICE": "cuda",
-        "META_ARCHITECTURE": "GeneralizedRCNN",
-        "WEIGHTS": "",
-        "PIXEL_MEAN": [103.530, 116.280, 123.675],
-        "PIXEL_STD": [1.0, 1.0, 1.0],
-        "MASK_ON": False,
-        "KEYPOINT_ON": False,
-        "LOAD_PROPOSALS": False,
-        "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 2},
-        "RESNETS": {
-            "DEPTH": 50,
-            "OUT_FEATURES": ["res4"],
-            "NORM": "FrozenBN",
-            "STEM_OUT_CHANNELS": 64,
-            "RES2_OUT_CHANNELS": 256,
-            "NUM_GROUPS": 1,
-            "WIDTH_PER_GROUP": 64,
-            "STRIDE_IN_1X1": True,
-        },
-        "FPN": {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"},
-        "PROPOSAL_GENERATOR": {"NAME": "RPN", "MIN_SIZE": 0},
-        "ANCHOR_GENERATOR": {
-            "NAME": "DefaultAnchorGenerator",
-            "SIZES": [[32, 64, 128, 256, 512]],
-            "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
-            "OFFSET": 0.0,
-        },
-        "RPN": {
-            "HEAD_NAME": "StandardRPNHead",
-            "IN_FEATURES": ["res4"],
-            "BOUNDARY_THRESH": -1,
-            "IOU_THRESHOLDS": [0.3, 0.7],
-            "IOU_LABELS": [0, -1, 1],
-            "BATCH_SIZE_PER_IMAGE": 256,
-            "POSITIVE_FRACTION": 0.5,
-            "BBOX_REG_LOSS_TYPE": "smooth_l1",
-            "BBOX_REG_LOSS_WEIGHT": 1.0,
-            "BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
-            "SMOOTH_L1_BETA": 0.0,
-            "LOSS_WEIGHT": 1.0,
-            "PRE_NMS_TOPK_TRAIN": 12000,
-            "PRE_NMS_TOPK_TEST": 6000,
-            "POST_NMS_TOPK_TRAIN": 2000,
-            "POST_NMS_TOPK_TEST": 1000,
-            "NMS_THRESH": 0.7,
-            "CONV_DIMS": [-1],
-        },
-        "RETINANET": {"FOCAL_LOSS_ALPHA": 0.25, "FOCAL_LOSS_GAMMA": 2.0, "PRIOR_PROB": 0.01},
-        "ROI_HEADS": {
-            "NAME": "Res5ROIHeads",
-            "NUM_CLASSES": 80,
-            "IN_FEATURES": ["res4"],
-            "IOU_THRESHOLDS": [0.5],
-            "IOU_LABELS": [0, 1],
-            "BATCH_SIZE_PER_IMAGE": 512,
-            "POSITIVE_FRACTION": 0.25,
-            "PROPOSAL_APPEND_GT": True,
-            "SCORE_THRESH_TEST": 0.05,
-            "NMS_THRESH_TEST": 0.5,
-        },
-        "ROI_BOX_HEAD": {
-            "NAME": "",
-            "BBOX_REG_LOSS_TYPE": "smooth_l1",
-            "BBOX_REG_LOSS_WEIGHT": 1.0,
-            "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
-            "SMOOTH_L1_BETA": 0.0,
-            "POOLER_TYPE": "ROIAlignV2",
-            "POOLER_RESOLUTION": 14,
-            "POOLER_SAMPLING_RATIO": 0,
-            "NUM_FC": 0,
-            "FC_DIM": 1024,
-            "NUM_CONV": 0,
-            "CLS_AGNOSTIC_BBOX_REG": False,
-            "TRAIN_ON_PRED_BOXES": False,
-            "USE_FED_LOSS": False,
-            "USE_SIGMOID_CE": False,
-        },
-    },
-    "INPUT": {
-        "MIN_SIZE_TEST": 800,
-        "MAX_SIZE_TEST": 1333,
-        "RANDOM_FLIP": "horizontal",
-        "CROP": {"ENABLED": False, "TYPE": "relative_range", "SIZE": [0.9, 0.9]},
-        "FORMAT": "BGR",
-    },
-    "DATASETS": {"TRAIN": (), "TEST": ()},
-    "DATALOADER": {"NUM_WORKERS": 4, "FILTER_EMPTY_ANNOTATIONS": True},
-    "SOLVER": {
-        "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-        "MAX_ITER": 40000,
-        "BASE_LR": 0.001,
-        "MOMENTUM": 0.9,
-        "NESTEROV": False,
-        "WEIGHT_DECAY": 0.0001,
-        "WEIGHT_DECAY_NORM": 0.0,
-        "GAMMA": 0.1,
-        "STEPS": (30000,),
-        "WARMUP_FACTOR": 1.0 / 1000,
-        "WARMUP_ITERS": 1000,
-        "WARMUP_METHOD": "linear",
-        "CHECKPOINT_PERIOD": 5000,
-        "IMS_PER_BATCH": 16,
-    },
-    "TEST": {"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100},
-    "OUTPUT_DIR": "./output",
-    "SEED": -1,
-    "CUDNN_BENCHMARK": False,
-    "VIS_PERIOD": 0,
-}
+# Detectron2's defaults, written as configs are: a string in parentheses is a tuple.
+_DEFAULTS = """
+VERSION: 2
+MODEL:
+  DEVICE: cuda
+  META_ARCHITECTURE: GeneralizedRCNN
+  WEIGHTS: ""
+  PIXEL_MEAN: [103.530, 116.280, 123.675]
+  PIXEL_STD: [1.0, 1.0, 1.0]
+  MASK_ON: False
+  KEYPOINT_ON: False
+  LOAD_PROPOSALS: False
+  BACKBONE: {NAME: build_resnet_backbone, FREEZE_AT: 2}
+  RESNETS: {DEPTH: 50, OUT_FEATURES: [res4], NORM: FrozenBN, STEM_OUT_CHANNELS: 64, RES2_OUT_CHANNELS: 256,
+            NUM_GROUPS: 1, WIDTH_PER_GROUP: 64, STRIDE_IN_1X1: True}
+  FPN: {IN_FEATURES: [], OUT_CHANNELS: 256, NORM: "", FUSE_TYPE: sum}
+  PROPOSAL_GENERATOR: {NAME: RPN, MIN_SIZE: 0}
+  ANCHOR_GENERATOR: {NAME: DefaultAnchorGenerator, SIZES: [[32, 64, 128, 256, 512]], ASPECT_RATIOS: [[0.5, 1.0, 2.0]],
+                     OFFSET: 0.0}
+  RPN: {HEAD_NAME: StandardRPNHead, IN_FEATURES: [res4], CONV_DIMS: [-1], BOUNDARY_THRESH: -1,
+        IOU_THRESHOLDS: [0.3, 0.7], IOU_LABELS: [0, -1, 1], BATCH_SIZE_PER_IMAGE: 256, POSITIVE_FRACTION: 0.5,
+        BBOX_REG_LOSS_TYPE: smooth_l1, BBOX_REG_LOSS_WEIGHT: 1.0, BBOX_REG_WEIGHTS: "(1.0, 1.0, 1.0, 1.0)",
+        SMOOTH_L1_BETA: 0.0, LOSS_WEIGHT: 1.0, NMS_THRESH: 0.7, PRE_NMS_TOPK_TRAIN: 12000, PRE_NMS_TOPK_TEST: 6000,
+        POST_NMS_TOPK_TRAIN: 2000, POST_NMS_TOPK_TEST: 1000}
+  RETINANET: {FOCAL_LOSS_ALPHA: 0.25, FOCAL_LOSS_GAMMA: 2.0, PRIOR_PROB: 0.01}
+  ROI_HEADS: {NAME: Res5ROIHeads, NUM_CLASSES: 80, IN_FEATURES: [res4], IOU_THRESHOLDS: [0.5], IOU_LABELS: [0, 1],
+              BATCH_SIZE_PER_IMAGE: 512, POSITIVE_FRACTION: 0.25, PROPOSAL_APPEND_GT: True, SCORE_THRESH_TEST: 0.05,
+              NMS_THRESH_TEST: 0.5}
+  ROI_BOX_HEAD: {NAME: "", BBOX_REG_LOSS_TYPE: smooth_l1, BBOX_REG_LOSS_WEIGHT: 1.0, SMOOTH_L1_BETA: 0.0,
+                 BBOX_REG_WEIGHTS: "(10.0, 10.0, 5.0, 5.0)", POOLER_TYPE: ROIAlignV2, POOLER_RESOLUTION: 14,
+                 POOLER_SAMPLING_RATIO: 0, NUM_FC: 0, FC_DIM: 1024, NUM_CONV: 0, CLS_AGNOSTIC_BBOX_REG: False,
+                 TRAIN_ON_PRED_BOXES: False, USE_FED_LOSS: False, USE_SIGMOID_CE: False}
+INPUT: {MIN_SIZE_TEST: 800, MAX_SIZE_TEST: 1333, RANDOM_FLIP: horizontal, FORMAT: BGR,
+        CROP: {ENABLED: False, TYPE: relative_range, SIZE: [0.9, 0.9]}}
+DATASETS: {TRAIN: (), TEST: ()}
+DATALOADER: {NUM_WORKERS: 4, FILTER_EMPTY_ANNOTATIONS: True}
+SOLVER: {LR_SCHEDULER_NAME: WarmupMultiStepLR, MAX_ITER: 40000, BASE_LR: 0.001, MOMENTUM: 0.9, NESTEROV: False,
+         WEIGHT_DECAY: 0.0001, WEIGHT_DECAY_NORM: 0.0, GAMMA: 0.1, STEPS: "(30000,)", WARMUP_FACTOR: 0.001,
+         WARMUP_ITERS: 1000, WARMUP_METHOD: linear, CHECKPOINT_PERIOD: 5000, IMS_PER_BATCH: 16}
+TEST: {EVAL_PERIOD: 0, DETECTIONS_PER_IMAGE: 100}
+OUTPUT_DIR: ./output
+SEED: -1
+CUDNN_BENCHMARK: False
+VIS_PERIOD: 0
+"""
 
-# Keys of which this engine honours only some values.
+# Keys of which this engine supports only some values.
 _ALLOWED = {
     "VERSION": (2,),
     "MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",),
@@ -169,10 +102,19 @@ _ALLOWED_HEADS = {
 
 
 def get_cfg() -> CfgNode:
-    """Detectron2's defaults of the keys that this engine knows, and the keys of this project."""
-    cfg = CfgNode(_DEFAULTS)
+    """Detectron2's defaults of the keys that this engine has, and the keys of this project."""
+    cfg = CfgNode.load_cfg(_DEFAULTS)
+    _parse_tuples(cfg)
     add_group_sampling_config(cfg)
     return cfg
+
+
+def _parse_tuples(cfg: CfgNode) -> None:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            _parse_tuples(value)
+        elif isinstance(value, str) and value.startswith("("):
+            cfg[key] = ast.literal_eval(value)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -183,49 +125,47 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         opts: KEY VALUE pairs of the command line.
 
     Raises:
-        ConfigError: an unknown key, a value that this engine cannot honour, or a config that no engine can run.
+        ConfigError: an unknown key, a value that this engine does not support, or a config that no engine can run.
     """
     cfg = get_cfg()
     try:
         merge_config(cfg, config_file, opts)
     except ConfigError as error:
         if isinstance(error.__cause__, (KeyError, AssertionError)):  # an unknown key
-            raise ConfigError(f"{error} If it is one of Detectron2's, --engine detectron2 may know it.") from error
+            raise ConfigError(f"{error} If the key is Detectron2's, --engine detectron2 has it.") from error
         raise
     reason = "the torchvision engine supports nothing else; --engine detectron2 may"
     check_values(cfg, _ALLOWED, reason)
     check_values(cfg, _ALLOWED_HEADS[cfg.MODEL.ROI_HEADS.NAME], f"with {cfg.MODEL.ROI_HEADS.NAME}, {reason}")
     check_config(cfg)
-    _check_resnet(cfg.MODEL)
+    _check_resnet(cfg)
     _check_roi_features(cfg.MODEL)
     return cfg
 
 
-def _check_resnet(model: CfgNode) -> None:
+def _check_resnet(cfg: CfgNode) -> None:
+    model = cfg.MODEL
     resnets, fpn, rpn = model.RESNETS, model.FPN, model.RPN
     stages = [f"res{stage}" for stage in range(2, 6)]
     has_fpn = model.BACKBONE.NAME == FPN_BACKBONE
     key, used = ("MODEL.FPN.IN_FEATURES", fpn.IN_FEATURES) if has_fpn else ("MODEL.RPN.IN_FEATURES", rpn.IN_FEATURES)
     available = [stage for stage in stages if stage in resnets.OUT_FEATURES]
     if not used or not set(used) <= set(available):
-        raise ConfigError(
-            f"{key} is {used}, but must be some of MODEL.RESNETS.OUT_FEATURES, of which {available} exist"
-        )
+        raise ConfigError(f"{key}: expected some of MODEL.RESNETS.OUT_FEATURES {available}, got {used}")
     if has_fpn:
         if list(used) != stages[stages.index(used[0]) :][: len(used)]:
-            raise ConfigError(f"{key} is {used}, but must be consecutive stages, finest first")
+            raise ConfigError(f"{key}: expected consecutive stages, finest first, got {used}")
         levels = [f"p{feature[3:]}" for feature in used]
         if not rpn.IN_FEATURES or not set(rpn.IN_FEATURES) <= set(levels):
             raise ConfigError(
-                f"MODEL.RPN.IN_FEATURES is {rpn.IN_FEATURES}, but the levels of {key} {used} are {levels}"
+                f"MODEL.RPN.IN_FEATURES: expected some of the FPN's levels {levels}, got {rpn.IN_FEATURES}"
             )
     if resnets.DEPTH < 50:
-        if resnets.NUM_GROUPS != 1:
-            raise ConfigError(f"MODEL.RESNETS.NUM_GROUPS must be 1 for depth {resnets.DEPTH}, got {resnets.NUM_GROUPS}")
+        check_values(cfg, {"MODEL.RESNETS.NUM_GROUPS": (1,)}, f"ResNet-{resnets.DEPTH} has no groups")
     elif resnets.RES2_OUT_CHANNELS % 4 or (256 * resnets.WIDTH_PER_GROUP) % resnets.RES2_OUT_CHANNELS:
         raise ConfigError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, but torchvision's Bottleneck needs a "
-            f"multiple of 4 that divides 256 * MODEL.RESNETS.WIDTH_PER_GROUP = {256 * resnets.WIDTH_PER_GROUP}"
+            "MODEL.RESNETS.RES2_OUT_CHANNELS: torchvision's Bottleneck expects a multiple of 4 that divides "
+            f"256 * MODEL.RESNETS.WIDTH_PER_GROUP = {256 * resnets.WIDTH_PER_GROUP}, got {resnets.RES2_OUT_CHANNELS}"
         )
 
 
@@ -233,6 +173,6 @@ def _check_roi_features(model: CfgNode) -> None:
     features = model.ROI_HEADS.IN_FEATURES
     if model.ROI_HEADS.NAME == GROUPED_HEADS and (len(features) != 1 or features[0] not in model.RPN.IN_FEATURES):
         raise ConfigError(
-            f"MODEL.ROI_HEADS.IN_FEATURES is {features}, but the torchvision engine pools from a single feature, which "
-            f"must be one of MODEL.RPN.IN_FEATURES {model.RPN.IN_FEATURES}; --engine detectron2 takes several"
+            f"MODEL.ROI_HEADS.IN_FEATURES: expected one of MODEL.RPN.IN_FEATURES {model.RPN.IN_FEATURES}, got "
+            f"{features}: the torchvision engine pools from a single feature; --engine detectron2 takes several"
         )

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: log, ``metrics.json``, TensorBoard scalars, with Detectron2's names."""
+"""What a run writes: log, ``metrics.json``, TensorBoard scalars, with Detectron2's names."""
 
 import datetime
 import json
@@ -6,44 +6,42 @@ import logging
 import math
 import os
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from statistics import fmean, median
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+from fvcore.common.history_buffer import HistoryBuffer
+
+from ..build import LOG_PERIOD
 
 logger = logging.getLogger(__name__)
 
-LOG_PERIOD = 20  # iterations
+_ETA_WINDOW = 1000  # iterations
 
 
 @contextmanager
 def logging_to(folder: str, rank: int) -> Iterator[None]:
     """Log to ``folder/log.txt`` and, on the main process, to the console; other ranks write ``log.txt.rank<r>``."""
     os.makedirs(folder, exist_ok=True)
-    handlers: list[logging.Handler] = [
-        logging.FileHandler(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"), encoding="utf-8")
-    ]
+    file = os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt")
+    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8")]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
-    loggers = [logging.getLogger(name) for name in ("group_sampling", "fvcore")]
-    levels = [log.level for log in loggers]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
-    for log in loggers:
-        log.setLevel(logging.INFO)
+    with ExitStack() as stack:
         for handler in handlers:
-            log.addHandler(handler)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels):
-            log.setLevel(level)
+            stack.callback(handler.close)
+            handler.setFormatter(
+                logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
+            )
+        for log in map(logging.getLogger, ("group_sampling", "fvcore")):
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.INFO)
             for handler in handlers:
-                log.removeHandler(handler)
-        for handler in handlers:
-            handler.close()
+                stack.callback(log.removeHandler, handler)
+                log.addHandler(handler)
+        yield
 
 
 class MetricWriter:
@@ -57,21 +55,23 @@ class MetricWriter:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self._max_iter = max_iter
+        self._last_written = start_iter - 1
         self._file = open(os.path.join(folder, "metrics.json"), "a", encoding="utf-8")  # noqa: SIM115 (close())
         self._tensorboard = SummaryWriter(folder, purge_step=start_iter)
-        self._window: dict[str, list[float]] = defaultdict(list)
-        self._times: deque[float] = deque(maxlen=1000)
+        self._history: dict[str, HistoryBuffer] = defaultdict(partial(HistoryBuffer, _ETA_WINDOW))
 
     def step(self, iteration: int, scalars: dict[str, float], lr: float) -> None:
-        """Take in the scalars of an iteration: "time", "data_time", ... in seconds, losses, counts."""
-        self._times.append(scalars["time"])
+        """Record the scalars of an iteration: "time", "data_time", ... in seconds, losses, counts."""
         for name, value in scalars.items():
-            self._window[name].append(value)
+            self._history[name].update(value)
         if (iteration + 1) % LOG_PERIOD and iteration + 1 < self._max_iter:
             return
-        smooth = {n: fmean(v) if n.startswith(("rpn/", "roi/")) else median(v) for n, v in self._window.items()}
-        self._window.clear()
-        eta = median(self._times) * (self._max_iter - iteration - 1)
+        window, self._last_written = iteration - self._last_written, iteration
+        smooth = {
+            name: history.avg(window) if name.startswith(("rpn/", "roi/")) else history.median(window)
+            for name, history in self._history.items()
+        }
+        eta = self._history["time"].median(_ETA_WINDOW) * (self._max_iter - iteration - 1)
         self.write(iteration, {**smooth, "lr": lr, "eta_seconds": eta})
         losses = "  ".join(f"{name}: {value:.4g}" for name, value in smooth.items() if "loss" in name)
         memory = f"  max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M" if torch.cuda.is_available() else ""

@@ -8,15 +8,16 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import RoIAlign, batched_nms, clip_boxes_to_image
 
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
 from ...roi_sampling import ProposalSampler, build_proposal_sampler
 from ...samplers import name_counts
+from .sampling import SamplingModule
 
 
-class SingleLevelRoIAlign(nn.Module):
+class SingleLevelRoIAlign(RoIAlign):
     """RoIAlign on one feature, equal to Detectron2's ``ROIAlignV2``.
 
     Args:
@@ -27,25 +28,15 @@ class SingleLevelRoIAlign(nn.Module):
     """
 
     def __init__(self, feature: str, stride: int, resolution: int, sampling_ratio: int = 0):
-        super().__init__()
+        super().__init__((resolution, resolution), 1 / stride, sampling_ratio, aligned=True)
         self.feature = feature
-        self.stride = stride
-        self.resolution = resolution
-        self.sampling_ratio = sampling_ratio
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """(R, C, resolution, resolution) of all ``boxes``, per image (n, 4) XYXY in pixels, R altogether."""
-        return roi_align(
-            features[self.feature],
-            boxes,
-            (self.resolution, self.resolution),
-            spatial_scale=1 / self.stride,
-            sampling_ratio=self.sampling_ratio,
-            aligned=True,
-        )
+        return super().forward(features[self.feature], boxes)
 
 
-class GroupedRoIHeads(RoIHeads):
+class GroupedRoIHeads(SamplingModule, RoIHeads):
     """torchvision's ``RoIHeads`` that draws its proposals with :class:`~group_sampling.roi_sampling.ProposalSampler`.
 
     Takes the place of ``roi_heads`` in any of torchvision's R-CNNs that detects boxes only.
@@ -58,11 +49,6 @@ class GroupedRoIHeads(RoIHeads):
         append_gt: ground truths are proposals as well while training.
         first_label: label of the first class in targets and detections: torchvision's 1, or 0 as in Detectron2.
         args, kwargs: as for ``RoIHeads``.
-
-    Attributes:
-        iteration: the training iteration, set by the training loop; the draw depends on it.
-        sample_counts: of the last training step, "roi/num_pos@16", "roi/num_neg@16", ...: 0-dimensional tensors with
-            the mean number of proposals drawn per image.
     """
 
     def __init__(
@@ -78,17 +64,15 @@ class GroupedRoIHeads(RoIHeads):
     ):
         super().__init__(*args, **kwargs)
         if box_loss_type not in BOX_LOSSES:
-            raise ValueError(f"GroupedRoIHeads: box_loss_type must be one of {BOX_LOSSES}, got {box_loss_type!r}")
+            raise ValueError(f"GroupedRoIHeads: box_loss_type: expected one of {BOX_LOSSES}, got {box_loss_type!r}")
         if self.has_mask() or self.has_keypoint():
-            raise ValueError("GroupedRoIHeads detects boxes only, but was given a mask or keypoint head")
+            raise ValueError("GroupedRoIHeads detects boxes only: expected no mask or keypoint head")
         self.sampler = sampler
         self.box_loss_type = box_loss_type
         self.smooth_l1_beta = smooth_l1_beta
         self.box_loss_weight = box_loss_weight
         self.append_gt = append_gt
         self.first_label = first_label
-        self.iteration = 0
-        self.sample_counts: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -97,7 +81,7 @@ class GroupedRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """As ``RoIHeads.forward``; a target may have "ignore_boxes" (k, 4), whose proposals are no negatives.
+        """As ``RoIHeads.forward``; a target may have "ignore_boxes" (k, 4), whose proposals are not negatives.
 
         Args:
             proposals: per image (n, 4) boxes, or :class:`~group_sampling.inference.Proposals`.
@@ -148,14 +132,18 @@ class GroupedRoIHeads(RoIHeads):
             proposals,
             gt_boxes,
             [target.get("ignore_boxes", gt[:0]) for target, gt in zip(targets, gt_boxes)],
-            iteration=self.iteration,
+            iteration=self._next_iteration(),
         )
         self.sample_counts = name_counts("roi", self.sampler.scales, *self.sampler.count_by_scale(samples))
         boxes = [image[sample.indices] for image, sample in zip(proposals, samples)]
-        labels, matched_boxes = [], []
-        for target, gt, drawn, sample in zip(targets, gt_boxes, boxes, samples):
-            labels.append(sample.classes(target["labels"] + 1 - self.first_label, background=0))
-            matched_boxes.append(gt[sample.matched_gt.clamp(min=0)] if len(gt) else drawn)
+        labels = [
+            sample.classes(target["labels"] + 1 - self.first_label, background=0)
+            for sample, target in zip(samples, targets)
+        ]
+        matched_boxes = [
+            gt[sample.matched_gt.clamp(min=0)] if len(gt) else drawn
+            for sample, gt, drawn in zip(samples, gt_boxes, boxes)
+        ]
         return boxes, [sample.matched_gt for sample in samples], labels, matched_boxes
 
     def _losses(
@@ -230,7 +218,7 @@ def build_grouped_roi_heads(cfg: CfgNode, in_channels: int, stride: int) -> Grou
         append_gt=heads.PROPOSAL_APPEND_GT,
         first_label=0,
     )
-    # Detectron2's initialisation, which differs from torchvision's.
+    # Detectron2's initialization, which differs from torchvision's.
     for layer in (result.box_head.fc6, result.box_head.fc7):
         nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.zeros_(layer.bias)

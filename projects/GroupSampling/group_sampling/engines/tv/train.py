@@ -4,14 +4,12 @@ import argparse
 import datetime
 import logging
 import os
-import socket
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import (
@@ -26,20 +24,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import clip_boxes_to_image
 
 from ...checkpoint import CheckpointMixin
+from ...data.catalog import Catalog
 from ...data.loader import build_test_loader
 from ...data.records import ImageRecord
+from ...detections import Detections
+from ...distributed import rank, world_size
 from ...env import collect_env
-from ...evaluation.resume import ImageDetections
 from ...evaluation.run import Evaluation
 from ...files import write_atomically
 from ..build import (
-    ConfigError,
     build_test_transform,
     build_training_loader,
     check_datasets,
     load_records,
+    non_finite_loss,
     resolve_seed,
 )
+from ..launch import launch
 from .config import load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
@@ -51,13 +52,13 @@ _PROGRESS_SECONDS = 5.0  # between two lines of an evaluation's progress
 
 
 class GroupSamplingCheckpointer(CheckpointMixin, Checkpointer):
-    """fvcore's checkpointer: atomic, code-free, and reads the Detectron2 engine's files as well."""
+    """fvcore's checkpointer: atomic, runs no code from files, and reads the Detectron2 engine's files as well."""
 
     naming = "torchvision"
 
 
 class Example(NamedTuple):
-    """One input of the model: what the loader's workers hand over."""
+    """One input of the model, as the loader's workers make it."""
 
     image: Tensor  # (3, H, W) uint8 RGB
     target: dict[str, Tensor]  # "boxes" (m, 4), "ignore_boxes" (k, 4) XYXY in pixels of ``image``; "labels" (m,)
@@ -108,33 +109,36 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     """Train until ``SOLVER.MAX_ITER`` and evaluate.
 
     Args:
-        resume: go on from the last checkpoint in ``OUTPUT_DIR``, if there is one. Images, draws and learning rates
-            depend on ``SEED`` and the iteration alone, so the run continues as if it had not been interrupted.
+        resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one. Images, draws and learning rates
+            depend on ``SEED`` and the iteration alone, so the run is bit-identical to an uninterrupted one.
 
     Returns:
         The metrics of the last evaluation, see :func:`evaluate`.
 
     Raises:
         FloatingPointError: a loss is not finite; raised in every process, before any weight is changed.
-        ConfigError: the checkpoint to go on from is the other engine's.
+        ConfigError: the checkpoint to continue from is the other engine's.
     """
     optimizer = build_optimizer(cfg, model)
     schedule = build_lr_schedule(cfg)
-    is_main, max_iter = _rank() == 0, cfg.SOLVER.MAX_ITER
+    is_main, max_iter = rank() == 0, cfg.SOLVER.MAX_ITER
     checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, optimizer=optimizer)
     resume = resume and checkpointer.has_checkpoint()
     saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter = saved["iteration"] + 1 if resume else 0
     periodic_checkpointer = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
 
-    loader = build_training_loader(cfg, to_example, rank=_rank(), world_size=_world_size(), start_iter=start_iter)
+    model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count
+
+    records = load_records(cfg, cfg.DATASETS.TRAIN)
+    loader = build_training_loader(cfg, records, to_example, start_iter=start_iter)
     parallel: nn.Module = model
-    if _world_size() > 1:
+    if world_size() > 1:
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
         )
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
-    logger.info(f"Training from iteration {start_iter} to {max_iter} on {_world_size()} x {device}")
+    logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
     batches = iter(loader)
     for iteration in range(start_iter, max_iter):
@@ -145,7 +149,6 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        model.rpn.iteration = model.roi_heads.iteration = iteration
         losses = parallel(
             [example.image.to(device).float() for example in batch],
             [{name: value.to(device) for name, value in example.target.items()} for example in batch],
@@ -153,7 +156,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         total_loss = sum(losses.values())
         scalars = _mean_over_ranks({"total_loss": total_loss, **losses, **model.sample_counts})
         if not np.isfinite(scalars["total_loss"]):
-            _raise_non_finite(iteration, losses, batch)
+            raise non_finite_loss(iteration, losses, [example.record.file_name for example in batch])
         optimizer.zero_grad()
         total_loss.backward()
         optimizer.step()
@@ -183,11 +186,11 @@ def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, re
     """Detect on ``DATASETS.TEST``, each process on its share, and score on the main one.
 
     Args:
-        resume: take up an interrupted evaluation of the same weights, configuration and images.
+        resume: continue an interrupted evaluation of the same weights, configuration and images.
 
     Returns:
         On the main process "wider_face/AP_all", "wider_face/AP@16", ... in percent ("coco/AP", ... for data in COCO's
-        format), with the name of the data set in front when there are several; elsewhere nothing. The model is left in
+        format), prefixed with the name of the data set when there are several; elsewhere nothing. The model is left in
         the mode in which it was.
 
     Raises:
@@ -196,18 +199,9 @@ def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, re
     metrics = {}
     was_training = model.training
     model.eval()
+    catalog = Catalog(cfg.DATASETS)
     for name in cfg.DATASETS.TEST:
-        evaluation = Evaluation(
-            cfg,
-            name,
-            load_records(cfg, [name]),
-            model,
-            resume=resume,
-            rank=_rank(),
-            world_size=_world_size(),
-            all_gather=_all_gather,
-            gather=_gather,
-        )
+        evaluation = Evaluation(cfg, catalog[name], model, resume=resume)
         _detect(cfg, model, device, name, evaluation)
         prefix = "" if len(cfg.DATASETS.TEST) == 1 else f"{name}/"
         for task, results in (evaluation.finish() or {}).items():
@@ -232,7 +226,7 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
         boxes = clip_boxes_to_image(output["boxes"] * factors, (record.height, record.width))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         found = boxes[keep], *(output[name][keep] for name in ("scores", "labels", "anchor_scales"))
-        evaluation.add(record.image_id, ImageDetections(*(tensor.cpu().numpy() for tensor in found)))
+        evaluation.add(record.image_id, Detections(*found).numpy())
         now = time.perf_counter()
         if now - last_report > _PROGRESS_SECONDS:
             eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))
@@ -243,59 +237,18 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
 def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
     """One read-back and, with several processes, one reduction for all scalars."""
     values = torch.stack([value.detach().float() for value in scalars.values()])
-    if _world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-        values /= _world_size()
+        values /= world_size()
     return dict(zip(scalars, values.tolist()))
-
-
-def _raise_non_finite(iteration: int, losses: dict[str, Tensor], batch: list[Example]) -> None:
-    values = {name: loss.item() for name, loss in losses.items()}
-    where = "another process" if np.isfinite(list(values.values())).all() else "this process"
-    raise FloatingPointError(
-        f"iteration {iteration}: the loss of {where} is not finite. No weight was changed. Here the losses are "
-        f"{values}, of the images {[example.record.file_name for example in batch]}"
-    )
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _all_gather(value: Any) -> list:
-    if _world_size() == 1:
-        return [value]
-    values = [None] * _world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _gather(value: Any) -> list:
-    """The values of all processes on the main one, nothing elsewhere."""
-    if _world_size() == 1:
-        return [value]
-    values = [None] * _world_size() if _rank() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
-
-
-def _shared_random_seed() -> int:
-    seed = [torch.seed() % 2**31]
-    if _world_size() > 1:
-        dist.broadcast_object_list(seed)
-    return seed[0]
 
 
 def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """What each process does."""
-    resolve_seed(cfg, keep=args.resume or args.eval_only, shared_random_seed=_shared_random_seed)
+    resolve_seed(cfg, keep=args.resume or args.eval_only)
     cfg.freeze()
-    with logging_to(cfg.OUTPUT_DIR, _rank()):
-        if _rank() == 0:
+    with logging_to(cfg.OUTPUT_DIR, rank()):
+        if rank() == 0:
             logger.info("Environment:\n" + "\n".join(f"{name}: {value}" for name, value in collect_env()))
             path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
             write_atomically(path, cfg.dump().encode())
@@ -303,63 +256,27 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[
         torch.manual_seed(cfg.SEED)
         model = build_model(cfg).to(device)
         if args.eval_only:
+            model.train(getattr(args, "allow_partial_weights", False))  # a detector to evaluate needs all weights
             GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
             return evaluate(cfg, model, device, resume=args.resume)
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         return train(cfg, model, device, resume=args.resume)
 
 
-def _work_in_group(
-    local_rank: int, cfg: CfgNode, args: argparse.Namespace, init_method: str, first_rank: int, world_size: int
-) -> dict[str, float]:
-    device = torch.device(cfg.MODEL.DEVICE)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    # gloo carries the Python objects, also beside nccl.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=init_method, rank=first_rank + local_rank, world_size=world_size)
-    metrics = _work(cfg, args, device)
-    dist.destroy_process_group()
-    return metrics
-
-
-def main(args: argparse.Namespace) -> dict[str, float] | None:
-    """Run what ``train_net.py`` was asked for.
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Train or evaluate as ``train_net.py`` does.
 
     Args:
-        args: with the attributes of Detectron2's ``default_argument_parser``. ``num_gpus`` is the number of processes
-            on this machine, also with ``MODEL.DEVICE cpu``. Under ``torchrun`` its process group is joined instead.
+        args: with the attributes of Detectron2's ``default_argument_parser``; see
+            :func:`~group_sampling.engines.launch.launch`.
 
     Returns:
-        The metrics, see :func:`evaluate`; nothing where the processes were started from here.
+        The metrics, see :func:`evaluate`.
 
     Raises:
         ConfigError: the config or the number of processes is not usable here.
         MissingDatasetError: files of a data set are missing.
     """
     cfg = load_config(args.config_file, args.opts)
-    check_datasets(cfg, eval_only=args.eval_only)
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        if args.num_gpus > 1:
-            raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, leave it out")
-        rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
-        return _work_in_group(local_rank, cfg, args, "env://", rank - local_rank, int(env["WORLD_SIZE"]))
-    device = torch.device(cfg.MODEL.DEVICE)
-    if args.num_gpus * args.num_machines <= 1:
-        return _work(cfg, args, device)
-    if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
-        raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
-    init_method = args.dist_url
-    if init_method == "auto":
-        if args.num_machines > 1:
-            raise ConfigError(
-                "--dist-url auto: several machines need an address that all of them know, tcp://host:port"
-            )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            init_method = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    group = (init_method, args.machine_rank * args.num_gpus, args.num_gpus * args.num_machines)
-    mp.spawn(_work_in_group, args=(cfg, args, *group), nprocs=args.num_gpus)
-    return None
+    check_datasets(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
+    return launch(_work, cfg, args)

@@ -5,7 +5,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ...pyramid import Detections
+from ...detections import Detections
 from ..build import build_pyramid
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.fddb_annotations import MAX_COORDINATE
+from ...data.fddb import MAX_COORDINATE
 
 # (rows, columns) of S3FD's matrices as HDF5 shows them; MATLAB's order of dimensions is the opposite one.
 _S3FD_SHAPES = {"meanX": (4, 1), "stdX": (4, 1), "w": (5, 4), "meanY": (5, 1), "stdY": (5, 1)}

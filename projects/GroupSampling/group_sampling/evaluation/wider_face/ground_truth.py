@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from ..mat5 import MatValue, read_mat5
 
 _SUBSETS = ("easy", "medium", "hard")
+_FILES = ("wider_face_val.mat", *(f"wider_{subset}_val.mat" for subset in _SUBSETS))
+# In WIDER_FACE: the folder itself, or the evaluation code unpacked as it is published.
+_FOLDERS = ("ground_truth", "eval_tools/ground_truth")
 
 
 class OfficialGroundTruth(NamedTuple):
@@ -18,6 +21,19 @@ class OfficialGroundTruth(NamedTuple):
     boxes: dict[str, NDArray[np.float64]]  # (m, 4) XYXY in pixels
     invalid: dict[str, NDArray[np.bool_]]  # (m,) faces marked invalid
     subsets: dict[str, dict[str, NDArray[np.bool_]]]  # (m,) faces that each of easy, medium and hard keeps
+
+
+def find_official_ground_truth(dataset: str | os.PathLike) -> Path | None:
+    """The folder of the four files of :func:`read_official_ground_truth`, where they lie with the data set.
+
+    Args:
+        dataset: the folder WIDER_FACE.
+
+    Returns:
+        ``ground_truth`` or ``eval_tools/ground_truth`` in it, the first that has all four; None: neither has.
+    """
+    folders = (Path(dataset) / folder for folder in _FOLDERS)
+    return next((folder for folder in folders if all((folder / name).is_file() for name in _FILES)), None)
 
 
 def read_official_ground_truth(folder: str | os.PathLike) -> OfficialGroundTruth:
@@ -69,7 +85,7 @@ class _MatFile:
 
     def __init__(self, path: Path, *fields: str) -> None:
         if not path.is_file():
-            expected = ", ".join(["wider_face_val.mat", *(f"wider_{subset}_val.mat" for subset in _SUBSETS)])
+            expected = ", ".join(_FILES)
             raise FileNotFoundError(f"{path}: no such file; the official ground truth is {expected} in one folder")
         self.path = path
         self._fields = read_mat5(path, ["event_list", "file_list", *fields])

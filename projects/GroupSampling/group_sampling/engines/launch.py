@@ -1,0 +1,107 @@
+"""Runs the work of an engine in one process, in several of this machine, or under ``torchrun``."""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ..config import ConfigError
+
+# Called as work(cfg, args, device), where ``device`` is that of the process. A function of a module, since other
+# processes import it by name.
+Work = Callable[[CfgNode, argparse.Namespace, torch.device], Any]
+
+
+def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Call ``work`` in every process of a run.
+
+    Args:
+        cfg: ``MODEL.DEVICE`` decides between GPUs (NCCL) and CPUs (gloo).
+        args: with the attributes of Detectron2's ``default_argument_parser``. ``num_gpus`` is the number of processes
+            on this machine, also with ``MODEL.DEVICE cpu``. Under ``torchrun`` its process group is joined instead.
+
+    Returns:
+        What ``work`` returned in the first process of this machine.
+
+    Raises:
+        ConfigError: the number of processes is not usable here.
+        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed; the others were ended.
+    """
+    device = torch.device(cfg.MODEL.DEVICE)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if args.num_gpus > 1:
+            raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, omit the flag")
+        return _work_in_group(work, cfg, args)
+    if args.num_gpus * args.num_machines <= 1:
+        return work(cfg, args, device)
+    if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if args.num_machines > 1 and not args.dist_url.startswith("tcp://"):
+        raise ConfigError(
+            f"--dist-url: expected an address that all machines know, tcp://host:port, got {args.dist_url!r}"
+        )
+    with tempfile.TemporaryDirectory() as folder:  # of the files by which failed processes report their error
+        config = LaunchConfig(
+            min_nodes=args.num_machines,
+            max_nodes=args.num_machines,
+            nproc_per_node=args.num_gpus,
+            max_restarts=0,  # --resume restarts a run
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **_rendezvous(args),
+        )
+        # The agent installs signal handlers, where Python can, and does not restore the previous ones.
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        names = config.signals_to_handle.split(",") if is_main_thread else ()
+        handlers = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+        try:
+            results = elastic_launch(config, _work_in_group)(work, cfg, args)
+        except SignalException as error:  # the agent has ended the processes
+            sys.exit(128 + error.sigval)
+        finally:
+            for sig, handler in handlers.items():
+                signal.signal(sig, handler)
+    return results[min(results)]
+
+
+def _rendezvous(args: argparse.Namespace) -> dict[str, Any]:
+    """How the processes meet, as ``torchrun`` has it: at ``--dist-url``, by default at a free port of this machine."""
+    endpoint = args.dist_url.removeprefix("tcp://")
+    if args.num_machines > 1:
+        return {
+            "rdzv_backend": "static",
+            "rdzv_endpoint": endpoint,
+            "rdzv_configs": {"rank": args.machine_rank},
+            "run_id": endpoint,
+        }
+    return {
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0" if endpoint == "auto" else endpoint,
+        "local_addr": "localhost",
+        "run_id": uuid.uuid4().hex,
+    }
+
+
+@record
+def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """What each process of several does."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # gloo exchanges the Python objects, also where NCCL exchanges the gradients.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    result = work(cfg, args, device)
+    dist.destroy_process_group()
+    return result

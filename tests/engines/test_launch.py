@@ -1,0 +1,140 @@
+"""Processes of a run: results come back, a failure or a signal ends all of them."""
+
+import ast
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from fvcore.common.config import CfgNode
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from group_sampling import distributed
+from group_sampling.engines.launch import launch
+
+CPU = CfgNode({"MODEL": {"DEVICE": "cpu"}})
+
+
+def make_args(**values):
+    defaults = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "folder": ""}
+    return Namespace(**{**defaults, **values})
+
+
+def exchange(cfg, args, device):
+    total = torch.ones(1)
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(total)
+    return {
+        "rank": distributed.rank(),
+        "sum": int(total),
+        "all": distributed.all_gather(distributed.rank()),
+        "main": distributed.gather(10 * distributed.rank()),
+        "from main": distributed.broadcast(f"rank {distributed.rank()}"),
+        "device": str(device),
+    }
+
+
+def fail_on_rank_1(cfg, args, device):
+    Path(args.folder, f"pid{distributed.rank()}").write_text(str(os.getpid()))
+    if distributed.rank() == 1:
+        raise RuntimeError("no luck on rank 1")
+    time.sleep(120)
+
+
+def sleep(cfg, args, device):
+    Path(args.folder, f"pid{distributed.rank()}").write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def is_alive(pid):
+    """A process that has ended and waits for its parent counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def assert_all_end(folder, seconds=20):
+    pids = [int(path.read_text()) for path in folder.glob("pid*")]
+    limit = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < limit, "a process is left over"
+        time.sleep(0.05)
+    return pids
+
+
+def test_one_process_needs_no_group():
+    expected = {"rank": 0, "sum": 1, "all": [0], "main": [0], "from main": "rank 0", "device": "cpu"}
+    assert launch(exchange, CPU, make_args(num_gpus=1)) == expected
+
+
+def test_two_processes_return_the_main_ones_result():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    expected = {"rank": 0, "sum": 2, "all": [0, 1], "main": [0, 10], "from main": "rank 0", "device": "cpu"}
+    assert launch(exchange, CPU, make_args()) == expected
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_failure_ends_all_processes(tmp_path):
+    with pytest.raises(ChildFailedError, match="no luck on rank 1"):
+        launch(fail_on_rank_1, CPU, make_args(folder=str(tmp_path)))
+    assert len(assert_all_end(tmp_path)) == 2
+
+
+SCRIPT = """
+import sys
+import test_launch
+if __name__ == "__main__":
+    work, machine_rank, num_gpus, num_machines, dist_url, folder = sys.argv[1:]
+    args = test_launch.make_args(
+        machine_rank=int(machine_rank),
+        num_gpus=int(num_gpus),
+        num_machines=int(num_machines),
+        dist_url=dist_url,
+        folder=folder,
+    )
+    print(test_launch.launch(getattr(test_launch, work), test_launch.CPU, args), flush=True)
+"""
+
+
+def start(folder, work, *arguments):
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    command = [sys.executable, str(folder / "script.py"), work, *map(str, arguments), str(folder)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_no_process_behind(tmp_path, number):
+    process = start(tmp_path, "sleep", 0, 2, 1, "auto")
+    limit = time.monotonic() + 60
+    while len(list(tmp_path.glob("pid*"))) < 2:
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in errors or number == signal.SIGKILL
+    assert len(assert_all_end(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_two_machines_meet_at_the_address(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    machines = [start(tmp_path, "exchange", rank, 1, 2, address) for rank in range(2)]
+    outputs = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    first, second = (ast.literal_eval(out.strip().splitlines()[-1]) for out, _ in outputs)
+    assert (first["rank"], second["rank"]) == (0, 1) and first["all"] == second["all"] == [0, 1]
+    assert first["main"] == [0, 10] and second["main"] == [] and second["from main"] == "rank 0"

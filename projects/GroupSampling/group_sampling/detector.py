@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from torchvision.ops import clip_boxes_to_image
 
 from .checkpoint import read_description, saved_config
-from .config import anchor_scales
+from .config import ConfigError, anchor_scales
 from .detections import Detections
 from .engines.build import Detect, build_pyramid, build_test_transform
 from .env import resolve_engine
@@ -92,6 +92,8 @@ class FaceDetector:
             ModuleNotFoundError: the engine is not installed.
         """
         path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise ConfigError(f"{path}: expected a checkpoint of a training, found no such file")
         engine = resolve_engine(engine)
         if flip and scales is None:
             raise ValueError("flip: expected scales as well, for example scales=(1.0,)")

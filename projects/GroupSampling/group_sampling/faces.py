@@ -118,11 +118,13 @@ class Faces:
         for width in sorted(set(widths.tolist()), reverse=True):  # small faces above large ones
             rows = np.flatnonzero(widths == width)
             is_labeled = (len(self) <= _MAX_LABELED) & (sides[rows] >= _MIN_LABELED_SIDE)
+            colors = [self._color(row) for row in rows]
             canvas = draw_bounding_boxes(
                 canvas,
                 torch.from_numpy(self.boxes[rows]),
                 labels=[f"{self.scores[row]:.2f}" if named else None for row, named in zip(rows, is_labeled)],
-                colors=[self._color(row) for row in rows],
+                colors=colors,
+                label_colors=["black" if _is_light(color) else "white" for color in colors],
                 width=width,
                 font=_FONT,
                 font_size=_font_size(self.image_size[1]),
@@ -163,6 +165,11 @@ class Faces:
 def _font_size(width: int) -> int:
     """Pixels; legible when a picture of ``width`` pixels is shown 600 pixels wide."""
     return min(max(10, round(width / 55)), 120)
+
+
+def _is_light(color: tuple[int, int, int]) -> bool:
+    red, green, blue = color
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140  # luma, ITU-R BT.601
 
 
 def scale_color(scales: tuple[float, ...], scale: float | None) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ ImageLike = str | os.PathLike | np.ndarray | Tensor | Image.Image
 
 _FONT = os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 _MAX_LABELED = 40  # faces in a picture; the scores of more would hide them
-_MIN_LABELED_SIDE = 28  # pixels; of a smaller face the score would hide it
+_MIN_LABELED_SIDE = 2.6  # times the font's size: the score would hide a smaller face
 
 
 class Face(NamedTuple):
@@ -111,13 +111,14 @@ class Faces:
             height, width = pixels.shape[:2]
             expected = f"{self.image_size[1]}x{self.image_size[0]}"
             raise ValueError(f"draw: expected the image of these faces, {expected} pixels, got {width}x{height}")
-        canvas = torch.from_numpy(pixels).permute(2, 0, 1)
+        canvas = torch.tensor(pixels).permute(2, 0, 1)
         sides = (self.boxes[:, 2:] - self.boxes[:, :2]).min(axis=1, initial=np.inf)
+        font_size = _font_size(self.image_size[1])
         thickest = max(2, round(min(self.image_size) / 200))
         widths = np.clip(sides / 12, 1, thickest).round().astype(int)
         for width in sorted(set(widths.tolist()), reverse=True):  # small faces above large ones
             rows = np.flatnonzero(widths == width)
-            is_labeled = (len(self) <= _MAX_LABELED) & (sides[rows] >= _MIN_LABELED_SIDE)
+            is_labeled = (len(self) <= _MAX_LABELED) & (sides[rows] >= _MIN_LABELED_SIDE * font_size)
             colors = [self._color(row) for row in rows]
             canvas = draw_bounding_boxes(
                 canvas,
@@ -127,7 +128,7 @@ class Faces:
                 label_colors=["black" if _is_light(color) else "white" for color in colors],
                 width=width,
                 font=_FONT,
-                font_size=_font_size(self.image_size[1]),
+                font_size=font_size,
                 fill_labels=True,
             )
         picture = Image.fromarray(np.ascontiguousarray(canvas.permute(1, 2, 0).numpy()))

@@ -117,9 +117,7 @@ def find_items(inputs: Sequence[str], output: Path) -> list[Item]:
             if not pairs:
                 raise InputError(f"--input {value}: the pattern matches no file")
         else:
-            raise InputError(
-                f"--input {value}: expected a file, a folder, a pattern or a camera's index, found nothing"
-            )
+            raise InputError(f"--input {value}: expected a file, folder, pattern or index of a camera, found nothing")
         for file, folder in pairs:
             found.setdefault(str(file.resolve()), (str(file), folder))
     relative = [(path, Path(path).relative_to(folder)) for path, folder in found.values()]
@@ -270,14 +268,18 @@ class Output:
             write_atomically(self.folder / "faces.csv", text.getvalue().encode())
         if "coco" in self.formats:
             category_of = {name: index for index, name in enumerate(class_names, start=1)}
-            content: dict[str, list] = {
+            # Names in COCO's format are relative to a folder, the one that all inputs share.
+            root = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name, _ in images] or ["."])
+            content: dict[str, Any] = {
+                "info": {"description": "detections; a score with every annotation", "image_root": root},
                 "images": [],
                 "categories": [{"id": index, "name": name} for name, index in category_of.items()],
                 "annotations": [],
             }
             for image_id, (name, image) in enumerate(images, start=1):
                 size = {"height": image["height"], "width": image["width"]}
-                content["images"].append({"id": image_id, "file_name": name, **size})
+                file_name = Path(os.path.abspath(name)).relative_to(root).as_posix()
+                content["images"].append({"id": image_id, "file_name": file_name, **size})
                 for face in image["faces"]:
                     x1, y1, x2, y2 = face["box"]
                     content["annotations"].append(

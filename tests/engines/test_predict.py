@@ -321,8 +321,13 @@ def test_video(predict, weights, tmp_path, engine):
     written = read_video(tmp_path / "out/images/walk.mp4")
     assert len(written) == 6 and written[0].shape[1] == 256
     drawn = np.asarray(detector(decoded[2]).draw(decoded[2]))
-    difference = np.abs(written[2][: drawn.shape[0]].astype(int) - drawn)
-    assert difference.mean() < 6  # the codec's loss
+    assert written[0].shape[0] == drawn.shape[0] + drawn.shape[0] % 2
+
+    def distance(picture):  # in brightness: the codec halves the resolution of colors
+        rows = slice(0, 260)
+        return np.abs(written[2][rows].mean(axis=2) - picture[rows].mean(axis=2)).mean()
+
+    assert distance(drawn) < 0.3 * distance(decoded[2])
     assert len(json.loads((tmp_path / "out/coco.json").read_text())["images"]) == 6
     assert (
         "1 of them finished"

@@ -79,7 +79,8 @@ class FaceDetector:
 
         Args:
             engine: "detectron2", "torchvision", or "auto": Detectron2 where it is installed.
-            device: "cpu", "cuda", "cuda:1", ...; None: a GPU if torch sees one.
+            device: "cpu", "cuda", "cuda:1", ...; None: MODEL.DEVICE of ``opts``, else a GPU if
+                torch sees one.
             score_thresh: detections of a lower score are left out.
             scales: factors of the image pyramid's levels; None: those of the config, a single scale normally.
             flip: look at the mirror image of every level as well; needs ``scales``.
@@ -98,10 +99,11 @@ class FaceDetector:
         if flip and scales is None:
             raise ValueError("flip: expected scales as well, for example scales=(1.0,)")
         saved = saved_config(config_file, path, needed_by="the weights")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        first = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
+        last = ["MODEL.WEIGHTS", "", *(["MODEL.DEVICE", device] if device else [])]
         # Imported by name: of the two engines the one that is not used need not be installed.
         module = importlib.import_module(_MODULES[engine])
-        cfg = module.load_config(config_file, [*opts, "MODEL.DEVICE", device, "MODEL.WEIGHTS", ""], saved=saved)
+        cfg = module.load_config(config_file, [*first, *opts, *last], saved=saved)
         heads = cfg.MODEL.ROI_HEADS
         heads.SCORE_THRESH_TEST = min(heads.SCORE_THRESH_TEST, score_thresh)
         if scales is not None:

@@ -19,8 +19,9 @@ LAYERS = (
     {"boxes", "anchors", "scales", "ops", "config"},
     {"losses", "head", "samplers", "criterion", "roi_sampling", "inference"},
     {"data"},
-    {"pyramid", "evaluation", "checkpoint", "env"},
+    {"pyramid", "evaluation", "checkpoint", "env", "faces"},
     {"engines"},
+    {"detector"},
     {"experiments"},
 )
 

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -28,7 +29,15 @@ from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
-from ..build import build_training_loader, check_config, check_datasets, non_finite_loss, resolve_seed
+from ..build import (
+    build_training_loader,
+    check_config,
+    check_datasets,
+    config_to_evaluate,
+    describe_training,
+    non_finite_loss,
+    resolve_seed,
+)
 from ..launch import launch
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
@@ -85,6 +94,9 @@ class Trainer(DefaultTrainer):
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if comm.is_main_process():
+            sources = [find_source(cfg, name) for name in cfg.DATASETS.TRAIN]
+            self.checkpointer.description = describe_training(cfg, get_cfg(), sources)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -166,8 +178,11 @@ def _raise_on_non_finite_loss(model: nn.Module, inputs: tuple[list[dict]], losse
         raise non_finite_loss(get_event_storage().iter, losses, files)
 
 
-def load_config(config_file: str, opts: list[str]) -> CfgNode:
+def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run: Detectron2's keys and this project's.
+
+    Args:
+        saved: the config of a checkpoint, of either engine, on which file and ``opts`` build.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be used.
@@ -175,7 +190,7 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_group_sampling_config(cfg)
     defaults = cfg.clone()
-    merge_config(cfg, config_file, opts)
+    merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
     check_values(
         cfg,
@@ -222,6 +237,6 @@ def main(args: argparse.Namespace) -> dict | None:
         ConfigError: the config or the number of processes is not usable here.
         MissingDatasetError: files of a data set are missing.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
     return launch(_work, cfg, args)

@@ -126,7 +126,7 @@ def test_curves_of_hdf5_without_h5py(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert {curve.name for curve in read_published_curves(tmp_path)} == {"old"}
-    assert "1 methods left out, their files are HDF5, which needs h5py (pip install h5py): new" in caplog.text
+    assert "1 methods left out: their files are HDF5, which needs h5py (pip install h5py): new" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_big_endian(tmp_path):
 
 
 @pytest.mark.parametrize("subset", ["face", "easy", "medium", "hard"])
-def test_the_official_files(shared_data, subset):
-    path = shared_data / f"wider/ground_truth_mat/wider_{subset}_val.mat"
+def test_the_official_files(reference_data, subset):
+    path = reference_data.folder / f"wider/ground_truth_mat/wider_{subset}_val.mat"
     names = ["event_list", "file_list", "face_bbx_list", "invalid_label_list", "gt_list"]
     values, expected = read_mat5(path, names), loadmat(path, variable_names=names)
     assert sorted(values) == sorted(name for name in names if name in expected)

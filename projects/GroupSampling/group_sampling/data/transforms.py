@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-PAPER_SCALES = tuple(0.25 * n for n in range(1, 9))  # Sec. 5
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -44,7 +42,7 @@ class TrainTransform:
     """Scale jitter, random crop and horizontal flip (paper, Sec. 5).
 
     Args:
-        scales: factors to draw from, each as likely as the others; the paper's are 0.25 n, n = 1..8.
+        scales: factors to draw from, each as likely as the others.
         crop_size: largest (height, width) of the result. A smaller image stays as it is: nothing is padded.
         flip_prob: probability of the horizontal flip.
         min_visible: a face is dropped when less than this share of it is inside the crop. An ignore region stays as
@@ -53,7 +51,7 @@ class TrainTransform:
 
     def __init__(
         self,
-        scales: Sequence[float] = PAPER_SCALES,
+        scales: Sequence[float],
         crop_size: tuple[int, int] = (1200, 1200),
         flip_prob: float = 0.5,
         min_visible: float = 0.5,

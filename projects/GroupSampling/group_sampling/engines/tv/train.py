@@ -223,7 +223,7 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
     if cfg.TEST.PYRAMID.SCALES:
         model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
-    for done, (example,) in enumerate(loader, start=1):
+    for done, example in enumerate(loader, start=1):
         output = model([example.image.to(device).float()])[0]
         (height, width), record = example.image.shape[-2:], example.record
         factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)

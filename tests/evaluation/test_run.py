@@ -84,7 +84,7 @@ def fddb_set(folder):
 def test_annotations_are_read_once(tmp_path, monkeypatch, repository, opened, make, protocols, files):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     name, opts, annotations = make(tmp_path)
-    opened.clear()  # what make() wrote
+    opened.clear()  # what made the files opened them as well
     config = str(repository / "projects/GroupSampling/configs/fpn_finest_sampling.yaml")
     cfg = load_config(
         config, [*opts, "DATASETS.TEST", f"('{name}',)", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]

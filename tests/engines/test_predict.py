@@ -150,7 +150,7 @@ def test_arguments_of_a_detector(weights, tmp_path):
         FaceDetector.from_checkpoint(old, engine="torchvision", device="cpu")
     config = write_tiny_config(tmp_path)
     assert FaceDetector.from_checkpoint(old, engine="torchvision", device="cpu", config_file=config)(make_image(0))
-    with pytest.raises(ConfigError, match="expected a checkpoint of a training, found no such file"):
+    with pytest.raises(ConfigError, match="expected a checkpoint of a training, got no such file"):
         FaceDetector.from_checkpoint(tmp_path / "nowhere.pth")
     for options, expected in (
         ({"score_thresh": 2}, "score_thresh: expected a score in"),
@@ -265,7 +265,7 @@ def test_unreadable_files_are_listed_and_told_by_the_exit_code(predict, photos, 
 def test_inputs_that_name_nothing(predict, tmp_path):
     (tmp_path / "empty").mkdir()
     for value, expected in (
-        (tmp_path / "nowhere.jpg", "expected a file, folder, pattern or index of a camera, found nothing"),
+        (tmp_path / "nowhere.jpg", "expected a file, folder, pattern or index of a camera, got nothing"),
         (tmp_path / "*.jpg", "the pattern matches no file"),
         (tmp_path / "empty", "expected a folder with images or videos"),
     ):
@@ -287,7 +287,7 @@ def test_patterns_files_and_repetitions(predict, photos, tmp_path):
 def test_weights_that_do_not_fit(predict, photos, tmp_path, weights):
     torch.save({"encoder.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
     for model, options, expected in (
-        (tmp_path / "nowhere.pth", (), "expected a checkpoint of a training, found no such file"),
+        (tmp_path / "nowhere.pth", (), "expected a checkpoint of a training, got no such file"),
         (tmp_path / "foreign.pth", (), "does not carry the config of its training"),
         (
             tmp_path / "foreign.pth",

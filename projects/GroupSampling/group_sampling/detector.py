@@ -94,7 +94,7 @@ class FaceDetector:
         """
         path = os.fspath(path)
         if not os.path.isfile(path):
-            raise ConfigError(f"{path}: expected a checkpoint of a training, found no such file")
+            raise ConfigError(f"{path}: expected a checkpoint of a training, got no such file")
         engine = resolve_engine(engine)
         if flip and scales is None:
             raise ValueError("flip: expected scales as well, for example scales=(1.0,)")

@@ -6,7 +6,7 @@
         --scales 0.5 1 2 --format images json csv coco wider --crop-faces
     python predict.py --weights model_final.pth --input walk.mp4 --threshold 0.7
 
-The same command again goes on where it stopped. Exit code: 0, all inputs were read; 1, some were not, they are listed
+The same command again continues where it stopped. Exit code: 0, all inputs were read; 1, some were not, they are listed
 at the end; 2, the command cannot be carried out; 130, interrupted.
 """
 
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     parser.add_argument("--config-file", default="", metavar="FILE", help="for weights that do not carry their config")
-    parser.add_argument("--fresh", action="store_true", help="begin anew instead of going on")
+    parser.add_argument("--fresh", action="store_true", help="start from the beginning instead of continuing")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config; last")
     return parser.parse_args(argv)
 
@@ -253,7 +253,7 @@ def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
+    """Return the exit code."""
     items = find_items(args.input, args.output)
     detector = FaceDetector.from_checkpoint(
         args.weights,
@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"predict.py: error: {error}", file=sys.stderr)
         code = EXIT_FAILED
     except KeyboardInterrupt:
-        print("predict.py: interrupted; the same command goes on", file=sys.stderr)
+        print("predict.py: interrupted; the same command continues", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
 

@@ -116,7 +116,7 @@ class TrainingStream(IterableDataset):
             batch += step
 
     def batch(self, index: int) -> Batch:
-        """Makes batch ``index`` of this rank."""
+        """Make batch ``index`` of this rank."""
         first_draw = (index * self.world_size + self.rank) * self.images_per_batch
         examples, skipped, outside = [], [], {}
         for draw in range(first_draw, first_draw + self.images_per_batch):
@@ -134,7 +134,7 @@ class TrainingStream(IterableDataset):
         return Batch(examples, skipped, outside)
 
     def _read(self, draw: int, skipped: list[SkippedImage]) -> tuple[ImageRecord, np.ndarray]:
-        """Reads the image of ``draw``, or the first readable one of its replacements."""
+        """Read the image of ``draw``, or the first readable one of its replacements."""
         epoch, position = divmod(draw, len(self.records))
         index = _epoch_order(self.seed, epoch, len(self.records))[position]
         replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])

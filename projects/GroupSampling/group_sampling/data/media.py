@@ -49,7 +49,7 @@ def find_items(inputs: Sequence[str], output: Path) -> list[Item]:
             pairs = [(file, path) for file in files if output.resolve() not in file.resolve().parents]
             if not pairs:
                 suffixes = ", ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
-                raise InputError(f"--input {value}: expected a folder with images or videos ({suffixes}), found none")
+                raise InputError(f"--input {value}: expected a folder with images or videos ({suffixes}), got none")
         elif path.is_file():
             pairs = [(path, path.parent)]
         elif value.isdecimal():
@@ -62,7 +62,7 @@ def find_items(inputs: Sequence[str], output: Path) -> list[Item]:
             if not pairs:
                 raise InputError(f"--input {value}: the pattern matches no file")
         else:
-            raise InputError(f"--input {value}: expected a file, folder, pattern or index of a camera, found nothing")
+            raise InputError(f"--input {value}: expected a file, folder, pattern or index of a camera, got nothing")
         for file, folder in pairs:
             found.setdefault(str(file.resolve()), (str(file), folder))
     relative = [(path, Path(path).relative_to(folder)) for path, folder in found.values()]

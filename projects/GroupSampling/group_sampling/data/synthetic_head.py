@@ -53,7 +53,7 @@ class Sprite:
         self._origin = np.array([head.x - self._left, head.y - self._top]) * self._samples
 
     def fill(self, color: Color) -> None:
-        """Gives all of the sprite a colour, which the edges of the opaque part blend with."""
+        """Give all of the sprite a color, which the edges of the opaque part blend with."""
         self._draw_color.rectangle((0, 0, *self._color.size), fill=color)
 
     def polygon(self, points: np.ndarray, color: Color) -> None:
@@ -67,7 +67,7 @@ class Sprite:
         self._draw_color.line(self._samples_of(points), fill=color, width=max(1, round(thickness * self._unit)))
 
     def reveal(self, points: np.ndarray) -> None:
-        """Makes a polygon of the sprite opaque."""
+        """Make a polygon of the sprite opaque."""
         self._draw_alpha.polygon(self._samples_of(points), fill=255)
 
     def reveal_ellipse(self, u: float, v: float, half_width: float, half_height: float) -> None:
@@ -77,13 +77,13 @@ class Sprite:
     def paste(
         self, canvas: Image.Image, light: tuple[float, float], contrast: float, brightness: float, blur: int
     ) -> None:
-        """Shades the sprite as an egg of the head's size, and blends it into ``canvas``.
+        """Shade the sprite as an egg of the head's size, and blend it into ``canvas``.
 
         Args:
             light: where the light comes from, (x, y) of a vector whose third component points to the viewer with 1.
             contrast: 0: flat, 1: black where the light does not reach.
             brightness: factor of the whole sprite, at most 1.
-            blur: pixels of a defocussed head that show as one, 1: sharp.
+            blur: pixels of a defocused head that show as one, 1: sharp.
         """
         color, alpha = self._color, self._alpha
         if self._samples * blur > 1:
@@ -116,7 +116,7 @@ class Sprite:
     def _samples_of_ellipse(
         self, circle: np.ndarray, u: float, v: float, half_width: float, half_height: float
     ) -> list[float]:
-        # The same as _samples_of, spelt out in scalars: heads are made of ellipses, and this takes half the time.
+        # The same as _samples_of, written out in scalars: heads are made of ellipses, and this takes half the time.
         (ux, uy), (vx, vy) = self._axes.tolist()
         x, y = self._origin.tolist()
         shape = (half_width * ux, half_width * uy), (half_height * vx, half_height * vy)
@@ -238,7 +238,7 @@ def _draw_fringe(sprite: Sprite, q: float, hair: Color, yaw: float, rng: np.rand
 
 
 def draw_ball(sprite: Sprite, rng: np.random.Generator) -> None:
-    """A round thing with the colours of skin, or any other, and maybe a pattern."""
+    """A round thing with the colors of skin, or any other, and maybe a pattern."""
     color = between(SKIN, rng) if rng.random() < 0.6 else random_color(rng)
     q = sprite.half_width
     sprite.fill(color)
@@ -255,7 +255,7 @@ def _outline(half_width: float, chin: float) -> np.ndarray:
 
 
 def between(palette: np.ndarray, rng: np.random.Generator) -> Color:
-    """A colour between two neighbours of ``palette``, a little off."""
+    """A color between two neighbors of ``palette``, a little off."""
     position = rng.uniform(0, len(palette) - 1)
     index = int(position)
     color = palette[index] + (palette[index + 1] - palette[index]) * (position - index) + rng.normal(0, 7, size=3)
@@ -263,7 +263,7 @@ def between(palette: np.ndarray, rng: np.random.Generator) -> Color:
 
 
 def random_color(rng: np.random.Generator) -> Color:
-    """Any colour, the dull ones more often."""
+    """Any color, the dull ones more often."""
     return _to_color((rng.uniform(10, 245) + rng.normal(0, 38, size=3)).tolist())
 
 

@@ -14,7 +14,7 @@ _BACKGROUND_REDUCTION = 4  # the background is painted at a quarter of the size:
 
 
 def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Paints ``scene``; returns (height, width, 3) uint8 RGB."""
+    """Paint ``scene``; return (height, width, 3) uint8 RGB."""
     canvas = _background(scene.height, scene.width, rng)
     _clutter(canvas, rng)
     light = rng.uniform(-0.9, 0.9), rng.uniform(-0.9, 0.2)
@@ -25,13 +25,13 @@ def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def _background(height: int, width: int, rng: np.random.Generator) -> Image.Image:
     small = max(8, width // _BACKGROUND_REDUCTION), max(8, height // _BACKGROUND_REDUCTION)
-    # Grey noise, each octave with half the frequency of the one before and about twice its weight ...
+    # Gray noise, each octave with half the frequency of the one before and about twice its weight ...
     noise = None
     for cells in (96, 48, 24, 12, 6, 3):
         grid = Image.fromarray(rng.integers(0, 256, size=(cells, cells + 1), dtype=np.uint8))
         octave = grid.resize(small, Image.Resampling.BILINEAR)
         noise = octave if noise is None else Image.blend(noise, octave, 0.45)
-    # ... turned into the colours between two, under a wash of others.
+    # ... turned into the colors between two, under a wash of others.
     first, second = rng.uniform(20, 235, size=(2, 1, 1)) + rng.normal(0, 28, size=(2, 3, 1))
     curves = (first + (second - first) * np.linspace(-0.2, 1.2, 256)).clip(0, 255).astype(np.uint8).tolist()
     texture = Image.merge("RGB", [noise.point(curve) for curve in curves])
@@ -47,7 +47,7 @@ def _background(height: int, width: int, rng: np.random.Generator) -> Image.Imag
             (x, y, x + w, y + h), fill=random_color(rng), outline=random_color(rng) if rng.random() < 0.5 else None
         )
     half = texture.resize(((width + 1) // 2, (height + 1) // 2), Image.Resampling.BILINEAR)
-    return half.resize((width, height), Image.Resampling.NEAREST)  # half the time, and not to be seen in a blur
+    return half.resize((width, height), Image.Resampling.NEAREST)  # half the time; invisible in a blur
 
 
 def _clutter(canvas: Image.Image, rng: np.random.Generator) -> None:

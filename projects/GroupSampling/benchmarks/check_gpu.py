@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 BENCHMARKS = Path(__file__).resolve().parent
 PACKAGE = REPOSITORY / "projects" / "GroupSampling" / "group_sampling"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS = ("tests/ops", "tests/test_anchors.py")
+TESTS = ("tests/ops", "tests/core/test_anchors.py")
 TEST_MODULES = ("pytest", "pytest_timeout", "hypothesis", "numpy")
 PACKAGE_MODULES = ("numpy", "fvcore", "iopath", "matplotlib", "PIL", "scipy", "torchvision", "pycocotools")
 MINUTES = {"build": 30, "build_guarded": 30, "slow_tests": 60, "training": 30}
@@ -358,13 +358,8 @@ def measure(arguments: argparse.Namespace) -> int:
 
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for cells, count, images, samples in (
-        (300, 1000, 1, 64),
-        (300, 1000, 1, 2048),
-        (300, 1000, 8, 64),
-        (300, 1000, 8, 2048),
-        (750, 1968, 1, 2048),
-    ):
+    scenes = [(300, 1000, images, samples) for images in (1, 8) for samples in (64, 2048)] + [(750, 1968, 1, 2048)]
+    for cells, count, images, samples in scenes:
         grid = AnchorGrid.from_cell_anchors([cell_anchors([16, 32, 64, 128], [1.0])], [4], [(cells, cells)])
         side = torch.exp(1.8 + 3.5 * torch.rand(count, 1, generator=generator))
         corner = torch.rand(count, 2, generator=generator) * (4 * cells - side).clamp(min=0)

@@ -116,7 +116,8 @@ def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
     """YAML of a config for a checkpoint, which either engine can merge into its own defaults.
 
     Written are the keys of this project, and of Detectron2's, which both engines share or one of them lacks, those that
-    differ from ``defaults``.
+    differ from ``defaults``. ``OUTPUT_DIR`` is left out: it names a folder of the machine that trained, and checkpoints
+    of the same training are the same bytes wherever it ran.
 
     Args:
         defaults: Detectron2's, the keys of the project among them or not.
@@ -131,6 +132,8 @@ def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
         kept = {}
         for name, value in cfg.items():
             key, default = prefix + name, defaults.get(name)
+            if key == "OUTPUT_DIR":
+                continue
             if isinstance(value, CfgNode):
                 children = differing(value, default if isinstance(default, CfgNode) else type(cfg)(), f"{key}.")
                 if children:

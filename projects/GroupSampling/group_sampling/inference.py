@@ -47,7 +47,8 @@ def select_proposals(
     """
     anchors = grid.boxes(device=logits.device)
     group_ids = grid.group_ids(device=logits.device)
-    scales = torch.tensor(grid.scales, device=logits.device)
+    # Not torch.tensor(): a GPU would wait for the copy.
+    scales = torch.stack([logits.new_full((), scale, dtype=torch.float32) for scale in grid.scales])
     indices, levels, start = [], [], 0
     for level, size in enumerate(grid.level_sizes):
         top = logits[:, start : start + size].topk(min(pre_nms_topk, size), dim=1).indices + start

@@ -6,6 +6,7 @@ size of a result depends on values, the largest one stands for it.
 """
 
 import itertools
+import math
 import re
 import sys
 from collections import Counter
@@ -15,12 +16,14 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.weak import WeakIdKeyDictionary
-from tv_cases import CONFIGS, SMALL_OPTS
+from tv_cases import CONFIGS, SMALL_OPTS, write_tiny_config
 
 import group_sampling.engines.tv.train as tv_train
 from group_sampling.data.loader import Batch
 from group_sampling.data.records import ImageRecord
+from group_sampling.engines.build import build_training_loader, load_records
 from group_sampling.engines.step import FiniteLossGuard
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
@@ -74,7 +77,7 @@ class Waits(TorchDispatchMode):
             if target == GPU and first.device.type == "cpu":
                 self.moved[result] = first
             return result
-        elif name == "copy_" and args[1].device != first.device and not (args[2:] and args[2]):
+        if name == "copy_" and args[1].device != first.device and not (args[2:] and args[2]):
             self.note(f"copy to {first.device.type}")
         if first is None or first.device != GPU:
             return func(*args, **kwargs)
@@ -113,9 +116,9 @@ class _Numbers(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor) and result.device == GPU:
-            if not isinstance(args[-1], torch.Tensor):
-                self.waits.note("tensor of numbers")
+        is_factory = func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+        if is_factory and result.device == GPU and not isinstance(args[-1], torch.Tensor):
+            self.waits.note("tensor of numbers")
         return result
 
 
@@ -138,7 +141,7 @@ def _gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     optimizers = sys.modules[torch.optim.Optimizer.__module__]
-    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cuda", "meta"])
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
     monkeypatch.setattr(_library, "has_kernels", lambda device: True)
     monkeypatch.setattr(Event, "waits", [])
 
@@ -274,3 +277,135 @@ def test_a_planted_item_is_found():
     assert waits_of_torchvision(SINGLE_STAGE[0], change=plant) == {
         "tests/engines/test_no_synchronization:<lambda> read": 1
     }
+
+
+# How a run ends whose optimizer is fused, as on a GPU: the update of a bad loss is skipped, the error comes later.
+
+
+def fuse(optimizer):
+    groups = [{**group, "foreach": False, "fused": True} for group in optimizer.param_groups]
+    return type(optimizer)(groups, **{**optimizer.defaults, "foreach": False, "fused": True})
+
+
+def spoil(model, criterion, bad_iteration):
+    """Make a loss and its gradients NaN in one iteration; returns a list that gets the weights before it."""
+    forward, before = criterion.forward, []
+
+    def spoilt(*args, iteration, **kwargs):
+        losses = forward(*args, iteration=iteration, **kwargs)
+        if iteration != bad_iteration:
+            return losses
+        before.append([parameter.detach().clone() for parameter in model.parameters()])
+        return losses._replace(localization=losses.localization * float("nan"))
+
+    criterion.forward = spoilt
+    return before
+
+
+def assert_unchanged(model, before):
+    (before,) = before
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("bad, seen", [(1, 2), (3, 3), (7, 7)], ids=["a step late", "before a save", "at the end"])
+def test_torchvision_skips_and_stops(tmp_path, monkeypatch, bad, seen):
+    build = tv_train.build_optimizer
+    monkeypatch.setattr(tv_train, "build_optimizer", lambda cfg, model: fuse(build(cfg, model)))
+    cfg = load_config(write_tiny_config(tmp_path), ["OUTPUT_DIR", str(tmp_path), "SOLVER.CHECKPOINT_PERIOD", "4"])
+    model = build_model(cfg)
+    before = spoil(model, model.rpn.criterion, bad)
+    with pytest.raises(FloatingPointError, match=rf"iteration {bad}: .*this process.*loss_rpn_loc': nan.*synthetic://"):
+        tv_train.train(cfg, model, torch.device("cpu"), resume=False)
+    assert model.rpn.iteration == seen + 1
+    assert_unchanged(model, before)
+    saved = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert saved == (["model_0000003.pth"] if bad == 7 else [])
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_detectron2_skips_and_stops(tmp_path, bad):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    import group_sampling.engines.d2.train as d2_train
+
+    class Trainer(d2_train.Trainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            return fuse(super().build_optimizer(cfg, model))
+
+    opts = [*SMALL_OPTS, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "4"]
+    trainer = Trainer(d2_train.load_config(str(CONFIGS / "fpn_finest_sampling.yaml"), opts))
+    before = spoil(trainer.model, trainer.model.proposal_generator.criterion, bad)
+    with pytest.raises(FloatingPointError, match=rf"iteration {bad}: .*this process.*loss_rpn_loc': nan.*synthetic://"):
+        trainer.train()
+    assert trainer.iter == {1: 2, 3: 3}[bad]
+    assert_unchanged(trainer.model, before)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize("loss, gradient", [(1.0, math.inf), (math.nan, 1.0), (1.0, 1.0)])
+def test_a_gradient_scaler_and_the_guard_skip_independently(loss, gradient):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9, weight_decay=0.1, fused=True)
+    scaler, guard = torch.amp.GradScaler("cpu", init_scale=4.0), FiniteLossGuard(optimizer)
+    guard.watch(0, {"loss": torch.tensor(loss)}, ["a.jpg"])
+    scaler.scale((weight * gradient).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight, torch.ones(3)) == (not math.isfinite(loss) or not math.isfinite(gradient))
+    if math.isfinite(loss):
+        guard.check()
+    else:
+        with pytest.raises(FloatingPointError, match=r"iteration 0.*a\.jpg"):
+            guard.check()
+
+
+def test_a_checkpoint_does_not_change_the_implementation():
+    weight = torch.nn.Parameter(torch.ones(3))
+    saved = torch.optim.SGD([weight], lr=0.5, momentum=0.9, foreach=True).state_dict()
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    guard = FiniteLossGuard(optimizer)
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert group["fused"] and not group["foreach"] and group["lr"] == 0.5
+    guard.watch(0, {"loss": torch.tensor(math.nan)}, [])
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["fpn_finest_sampling", "table5/grouped_fast_rcnn"])
+def test_losses_are_those_of_forward(name):
+    """``losses`` runs on a GPU, ``forward`` of torchvision elsewhere."""
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"), SMALL_OPTS)
+    model = build_model(cfg).train()
+    images = [255 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    boxes = torch.tensor([[8.0, 8.0, 30.0, 36.0], [40.0, 40.0, 80.0, 90.0]])
+    targets = [{"boxes": boxes[:m], "labels": torch.zeros(m, dtype=torch.int64)} for m in (2, 0)]
+    found = model.losses(images, targets)
+    model.set_iteration(0)
+    expected = model(images, targets)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_batches_for_a_gpu_are_pinned(engine, monkeypatch):
+    if engine == "torchvision":
+        cfg, to_example = load_config(str(CONFIGS / "fpn_finest_sampling.yaml"), SMALL_OPTS), tv_train.to_example
+    else:
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+        import group_sampling.engines.d2.train as d2_train
+
+        cfg = d2_train.load_config(str(CONFIGS / "fpn_finest_sampling.yaml"), SMALL_OPTS)
+        to_example = d2_train.GroupSamplingMapper.to_example
+    records = load_records(cfg, cfg.DATASETS.TRAIN)
+    assert not build_training_loader(cfg, records, to_example).pin_memory
+    cfg.MODEL.DEVICE = "cuda"
+    assert build_training_loader(cfg, records, to_example).pin_memory
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x.clone())
+    examples = Batch(batch(to_example), outside={"a.jpg": 1})
+    copies = pin_memory(examples)
+    assert len(pinned) == 2 * 4 and type(copies) is Batch and copies.outside == {"a.jpg": 1}
+    assert [type(example) for example in copies] == [type(example) for example in examples]

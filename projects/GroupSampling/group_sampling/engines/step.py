@@ -33,15 +33,15 @@ class _Step(NamedTuple):
 class FiniteLossGuard:
     """Stops all processes of a run when the loss of one of them is not finite, with no weight changed by it.
 
-    A fused optimizer skips updates itself when its ``found_inf`` is set, which is how gradient scalers stop one without
-    asking the GPU. The guard sets it from the first such loss on, and raises a step later, when the GPU has long told:
-    the host waits only while it is a whole step ahead. Any other optimizer has to be stopped before its step: the guard
-    then raises at once, which on the CPU costs nothing.
+    A fused optimizer skips an update itself when its ``found_inf`` is set, which is how gradient scalers stop one
+    without asking the GPU. The guard sets it and raises in the next step, before its update: the host waits only while
+    it is a whole step ahead of the GPU. Any other optimizer has to be stopped before its step: the guard then raises at
+    once, which on the CPU costs nothing.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._is_late = bool(optimizer.defaults.get("fused"))
-        self._failed: Tensor | None = None  # (1,) on the loss's device, 1 from the first bad loss on
+        self._failed: Tensor | None = None  # (1,) on the device of the loss: 1 where it is not finite
         self._last: _Step | None = None
         if self._is_late:
             optimizer.register_step_pre_hook(self._skip)
@@ -60,8 +60,6 @@ class FiniteLossGuard:
         failed = (~sum(losses.values()).detach().isfinite()).float().reshape(1)
         if world_size() > 1:
             dist.all_reduce(failed, dist.ReduceOp.MAX)
-        if self._failed is not None:
-            failed = torch.maximum(failed, self._failed)
         self._failed = failed
         copied = None
         on_host = failed.to("cpu", non_blocking=True)  # into pinned memory
@@ -85,7 +83,7 @@ class FiniteLossGuard:
             _raise_if_failed(self._last)
 
     def _skip(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        """Step hook: no update from the first bad loss on; a gradient scaler may have its own reason to skip one."""
+        """Step hook: no update with a bad loss; a gradient scaler may have its own reason to skip it."""
         if self._failed is not None:
             found_inf = getattr(optimizer, "found_inf", None)
             optimizer.found_inf = self._failed if found_inf is None else torch.maximum(self._failed, found_inf)

@@ -163,7 +163,8 @@ def extension():
     macros = [("GS_BUILD_FLAGS", '"' + " ".join(cxx) + '"')]
     cuda = with_cuda()
     if cuda:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(cpp_extension.CUDA_HOME))
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(cpp_extension.CUDA_HOME)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # where torch looks for them
         macros += [
             ("GS_WITH_CUDA", None),
             ("GS_CUDA_VERSION", f'"{torch.version.cuda}"'),

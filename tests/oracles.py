@@ -8,6 +8,20 @@ import math
 import numpy as np
 
 
+def oracle_anchors(grid, dtype):
+    """(boxes, groups) of all anchors, lattice by lattice and cell by cell, from the definition of a lattice."""
+    boxes = np.full((grid.num_anchors, 4), np.nan, dtype)
+    groups = np.full(grid.num_anchors, -1)
+    for lattice in grid.lattices:
+        for row in range(lattice.height):
+            for column in range(lattice.width):
+                index = lattice.start + lattice.step * (row * lattice.width + column)
+                x, y = (dtype(lattice.offset * lattice.stride + lattice.stride * cell) for cell in (column, row))
+                boxes[index] = np.array([x, y, x, y]) + np.array(lattice.base, dtype)
+                groups[index] = lattice.group
+    return boxes, groups
+
+
 def oracle_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
     """M(i, j) of Sec. 4.1; 0 with a box that is not finite, empty or inverted, and where the arithmetic gives NaN."""
     with np.errstate(all="ignore"):

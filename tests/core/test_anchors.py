@@ -1,11 +1,16 @@
 """AnchorGrid: the frameworks' anchors to the bit, groups, member order, errors."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import oracle_anchors
+from strategies import scenes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from group_sampling import anchors
 from group_sampling.anchors import AnchorGrid, AnchorLattice, cell_anchors
 
 # The five detectors of the paper: (sizes per level, strides).
@@ -16,6 +21,7 @@ DETECTORS = {
     "fpn_finest": ([[16, 32, 64, 128]], [4]),
     "fpn_finest_sampling": ([[16, 32, 64, 128]], [4]),
 }
+BASE = cell_anchors([16], [1.0])
 GENERIC = ([[32, 64], [128], [256, 300.5]], [8, 16, 32])
 
 
@@ -100,73 +106,83 @@ def test_equal_grids_are_equal_keys():
     assert len({grid_of(*GENERIC), grid_of(*GENERIC), grid_of(*GENERIC).merged()}) == 2
 
 
-def small_grid(height, width=3):
-    return AnchorGrid.from_cell_anchors([cell_anchors([16, 32], [1.0])], [4], [(height, width)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(scene=scenes(), seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(0,), (1,), (3, 20), (2, 0, 4), ()]))
+def test_anchors_at_an_index(dtype, scene, seed, shape):
+    grid, torch_dtype = scene.grid, torch.from_numpy(np.empty(0, dtype)).dtype
+    boxes, groups = oracle_anchors(grid, dtype)
+    assert np.array_equal(grid.boxes(dtype=torch_dtype).numpy(), boxes)
+    assert np.array_equal(grid.group_ids().numpy(), groups)
+    if grid.num_anchors == 0:
+        shape = (0,)
+    index = np.random.default_rng(seed).integers(0, max(grid.num_anchors, 1), shape)
+    if index.size:
+        index.flat[-1] = grid.num_anchors - 1
+    at = torch.from_numpy(np.asarray(index))
+    found = grid.boxes_at(at, torch_dtype)
+    assert found.dtype == torch_dtype and np.array_equal(found.numpy(), boxes[index])
+    assert np.array_equal(grid.group_ids_at(at).numpy(), groups[index])
+    scales = np.array([*grid.scales, np.nan], np.float32)[groups[index]]
+    assert grid.scales_at(at).dtype == torch.float32 and np.array_equal(grid.scales_at(at).numpy(), scales)
 
 
-@pytest.mark.parametrize("make", [AnchorGrid.boxes, AnchorGrid.group_ids])
-def test_an_equal_grid_gets_the_same_tensor(make):
-    first = make(small_grid(50))
-    assert make(small_grid(50)) is make(small_grid(50), "cpu") is first
-    assert make(small_grid(50).merged()) is not first
-    assert not torch.equal(make(small_grid(50, 4)), first)
-    assert make(small_grid(50), "meta").device.type == "meta"
-
-
-def test_each_dtype_has_its_own_boxes():
-    grid = small_grid(50)
-    assert (grid.boxes().dtype, grid.boxes(dtype=torch.float64).dtype, grid.boxes().dtype) == (
-        torch.float32,
-        torch.float64,
-        torch.float32,
+def test_places_by_hand():
+    grid = AnchorGrid.from_cell_anchors(
+        [cell_anchors([16, 32], [1.0]), BASE, BASE, cell_anchors([32], [1.0])],
+        [4, 4, 4, 8],
+        [(2, 3), (0, 5), (5, 0), (1, 2)],
     )
+    place = grid.locate(torch.tensor([[0, 3, 11], [10, 12, 13]]))
+    assert place.lattice.tolist() == [[0, 1, 1], [0, 4, 4]]
+    assert place.row.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert place.column.tolist() == [[0, 1, 2], [2, 0, 1]]
+    assert grid.scales_at(torch.tensor([0, 3, 13])).tolist() == [16, 32, 32]
 
 
-def test_only_the_last_few_grids_are_kept():
-    first = small_grid(60).boxes()
-    for height in range(61, 61 + anchors._recent_boxes.capacity - 1):
-        small_grid(height).boxes()
-    assert small_grid(60).boxes() is first  # and is the most recent one again
-    for height in range(71, 71 + anchors._recent_boxes.capacity):
-        small_grid(height).boxes()
-    again = small_grid(60).boxes()
-    assert again is not first and torch.equal(again, first)
-    assert len(anchors._recent_boxes._tensors) == anchors._recent_boxes.capacity
+def test_a_float64_base_box_keeps_its_digits():
+    base = torch.tensor([[-8.1, -8.2, 8.3, 8.4]], dtype=torch.float64)
+    grid = AnchorGrid.from_cell_anchors([base], [4], [(1, 2)])
+    assert grid.boxes_at(torch.tensor([1]), torch.float64).tolist() == [[4 - 8.1, -8.2, 4 + 8.3, 8.4]]
 
 
-def test_boxes_first_asked_for_in_inference_mode_serve_training():
-    with torch.inference_mode():
-        boxes = small_grid(80).boxes()
-    weight = torch.ones(4, requires_grad=True)
-    (boxes * weight).sum().backward()
-    assert torch.allclose(weight.grad, small_grid(80).boxes().sum(0))
-
-
-def test_what_a_compiler_traces_is_not_kept():
+def test_boxes_can_be_traced():
     torch.compiler.reset()
-    grid = small_grid(90)
-    before = list(anchors._recent_boxes._tensors)
-    compiled = torch.compile(lambda x: x + grid.boxes(), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.ones(1)), grid._make_boxes(torch.device("cpu"), torch.float32) + 1)
-    assert list(anchors._recent_boxes._tensors) == before
-    kept = grid.boxes()
+    grid, index = grid_of(*GENERIC), torch.tensor([0, 5, 9999])
+    compiled = torch.compile(grid.boxes_at, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(index), grid.boxes()[index])
     with torch._subclasses.FakeTensorMode():
-        assert grid.boxes() is not kept and type(grid.boxes()) is not torch.Tensor
-    assert grid.boxes() is kept
+        assert type(grid.boxes()) is not torch.Tensor and grid.boxes().shape == (grid.num_anchors, 4)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_a_step_reads_is_neither_copied_from_the_host_nor_waited_for(name):
+    """Counted on the CPU: a GPU would have to wait for any of these operations."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    grid, index, called = grid_of(*DETECTORS[name]), torch.tensor([[0, 7], [3000, 5]]), []
+    with Recorder():
+        grid.boxes_at(index), grid.scales_at(index), grid.group_ids_at(index)
+    assert len(called) > 10
+    # .item(), torch.tensor(), .nonzero() and masks.
+    assert not {"_local_scalar_dense", "lift_fresh", "nonzero"} & set(called)
 
 
 @pytest.mark.cuda
-def test_boxes_wait_for_no_gpu():
+def test_no_call_waits_for_a_gpu():
+    grid, index = grid_of(*GENERIC), torch.tensor([0, 5, 9999])
+    on_gpu = index.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        boxes, ids = small_grid(100).boxes("cuda"), small_grid(100).group_ids("cuda")
+        found = grid.boxes_at(on_gpu), grid.group_ids_at(on_gpu), grid.scales_at(on_gpu), grid.boxes("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(boxes.cpu(), small_grid(100).boxes())
-    assert torch.equal(ids.cpu(), small_grid(100).group_ids())
-    assert small_grid(100).boxes("cuda:0") is boxes
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert small_grid(100).boxes("cuda") is not boxes
+    expected = grid.boxes_at(index), grid.group_ids_at(index), grid.scales_at(index), grid.boxes()
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours.cpu(), theirs)
 
 
 def test_no_levels():
@@ -174,20 +190,17 @@ def test_no_levels():
     assert (grid.num_anchors, grid.num_groups, grid.boxes().shape, grid.merged()) == (0, 0, (0, 4), grid)
 
 
-BASE = cell_anchors([16], [1.0])
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (([BASE], [4, 8], [(2, 2)]), "one entry per feature level, got 1, 2, 1 and None"),
-        (([BASE[0]], [4], [(2, 2)]), r"cell_anchors\[0\] must have shape \(A, 4\), A > 0, got \(4,\)"),
+        (([BASE], [4, 8], [(2, 2)]), "expected one entry per feature level in .*, got 1, 2, 1 and None"),
+        (([BASE[0]], [4], [(2, 2)]), r"expected cell_anchors\[0\] of shape \(A, 4\), A > 0, got \(4,\)"),
         (([BASE[:0]], [4], [(2, 2)]), r"got \(0, 4\)"),
-        (([BASE.flip(1)], [4], [(2, 2)]), "base box 0 must be finite with sides of at least"),
-        (([BASE * float("nan")], [4], [(2, 2)]), "base box 0 must be finite"),
+        (([BASE.flip(1)], [4], [(2, 2)]), "base box 0: expected finite numbers and sides of at least"),
+        (([BASE * float("nan")], [4], [(2, 2)]), "base box 0: expected finite"),
         (([BASE], [0], [(2, 2)]), "stride >= 1"),
-        (([BASE], [4], [(-1, 2)]), r"feature size must not be negative, got \(-1, 2\)"),
-        (([BASE], [4], [(2**16, 2**16)]), "a group may hold 2147483647 anchors, got 4294967296"),
+        (([BASE], [4], [(-1, 2)]), r"lattice 0: expected a feature size >= 0, got \(-1, 2\)"),
+        (([BASE], [4], [(2**16, 2**16)]), "expected at most 2147483647 anchors in a group, got 4294967296"),
     ],
 )
 def test_errors(arguments, message):
@@ -196,17 +209,19 @@ def test_errors(arguments, message):
 
 
 def test_errors_of_options():
-    with pytest.raises(ValueError, match="level 0 has 1 base boxes but 2 scales"):
+    with pytest.raises(ValueError, match="expected one scale for each of the 1 base boxes of level 0, got 2"):
         AnchorGrid.from_cell_anchors([BASE], [4], [(2, 2)], scales=[[16, 32]])
     with pytest.raises(ValueError, match=r"offset in \[0, 1\), got 4 and 1.0"):
         AnchorGrid.from_cell_anchors([BASE], [4], [(2, 2)], offset=1.0)
-    with pytest.raises(TypeError, match="dtype must be float32 or float64, got torch.float16"):
+    with pytest.raises(TypeError, match="expected float32 or float64 boxes, got torch.float16"):
         grid_of(*GENERIC).boxes(dtype=torch.float16)
 
 
 def test_lattices_must_form_levels():
     lattice = {"base": (-8.0, -8.0, 8.0, 8.0), "stride": 4, "offset": 0.0, "height": 2, "width": 2, "group": 0}
-    with pytest.raises(ValueError, match="lattice 0 breaks the layout of its level"):
+    with pytest.raises(
+        ValueError, match=r"lattice 0: expected \(height, width, step, start\) \(2, 2, 1, 0\) .* got \(2, 2, 1, 3\)"
+    ):
         AnchorGrid((AnchorLattice(**lattice, start=3, step=1),), (16.0,))
-    with pytest.raises(ValueError, match="the level must have 2 lattices"):
+    with pytest.raises(ValueError, match="in a level of 2 lattices, got .* in one of 1"):
         AnchorGrid((AnchorLattice(**lattice, start=0, step=2),), (16.0,))

@@ -15,12 +15,13 @@ from PIL import Image
 from group_sampling.config import ConfigError
 from group_sampling.data import wider_face
 from group_sampling.data.catalog import Catalog
+from group_sampling.data.images import image_size
 from group_sampling.data.loader import TrainingStream
 from group_sampling.data.records import ImageRecord, UnreadableImageError
 from group_sampling.data.transforms import TrainTransform
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
-from group_sampling.experiments.balance import anchor_grid, image_size, sample_balance
+from group_sampling.experiments.balance import anchor_grid, sample_balance
 
 PROJECT = Path(__file__).resolve().parents[2] / "projects/GroupSampling"
 TOOL = PROJECT / "tools/balance_report.py"

@@ -1,9 +1,12 @@
 """The head's sub-sampled levels and its evaluation at drawn cells, against the plain convolutions."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.head import SoftmaxRPNHead, flatten_predictions
 
 
@@ -14,6 +17,16 @@ def make(num_anchors=4, steps=(), sizes=((12, 10),), channels=8, **options):
         torch.nn.init.normal_(parameter, std=0.3)
     features = [torch.randn(3, channels, *size, requires_grad=True) for size in sizes]
     return head, features
+
+
+def grid_of(head, features):
+    """Anchors for what the head predicts; where they sit does not matter here."""
+    sizes = [feature.shape[-2:] for feature in features]
+    if head.steps:
+        ((height, width),) = sizes
+        sizes = [(math.ceil(height / step), math.ceil(width / step)) for step in head.steps]
+    anchors = cell_anchors([8] * (head.num_anchors // max(len(head.steps), 1)), [1.0])
+    return AnchorGrid.from_cell_anchors([anchors] * len(sizes), [4] * len(sizes), sizes)
 
 
 def plain(head, feature):
@@ -73,7 +86,7 @@ def test_predictions_at_drawn_anchors_and_their_gradients(options):
 
     expected = flat[0].gather(1, index), flat[1].gather(1, index[..., None].expand(-1, -1, 4))
     expected_gradients = gradients(*expected)
-    predict = head.predictor(features)
+    predict = head.predictor(features, grid_of(head, features))
     chunks = [predict(part) for part in index.split(20, dim=1)]
     found = torch.cat([c[0] for c in chunks], 1), torch.cat([c[1] for c in chunks], 1)
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
@@ -85,7 +98,7 @@ def test_predictions_at_drawn_anchors_and_their_gradients(options):
 def test_few_anchors_do_not_evaluate_the_feature(monkeypatch):
     head, features = make()
     monkeypatch.setattr(head, "forward", None)
-    logits, deltas = head.predictor(features)(torch.zeros(3, 60, dtype=torch.int64))
+    logits, deltas = head.predictor(features, grid_of(head, features))(torch.zeros(3, 60, dtype=torch.int64))
     assert logits.shape == (3, 60) and deltas.shape == (3, 60, 4)
 
 
@@ -93,7 +106,7 @@ def test_all_anchors_and_many_anchors_are_the_dense_pass():
     head, features = make()
     flat = flatten_predictions(*head(features))
     for index in (None, torch.arange(480).expand(3, -1)):
-        for ours, theirs in zip(head.predictor(features)(index), flat):
+        for ours, theirs in zip(head.predictor(features, grid_of(head, features))(index), flat):
             assert torch.equal(ours, theirs)
 
 
@@ -101,3 +114,9 @@ def test_prior_of_a_fresh_head():
     head = SoftmaxRPNHead(8, 2, face_prior=0.01)
     logits, _ = head([torch.zeros(1, 8, 4, 4)])
     torch.testing.assert_close(logits[0].sigmoid(), torch.full((1, 2, 4, 4), 0.01))
+
+
+def test_a_grid_of_other_anchors_is_refused():
+    head, features = make(sizes=((12, 10), (6, 5)))
+    with pytest.raises(ValueError, match=r"expected a grid of lattices of sizes .*\(6, 5\)\], got .*\(12, 10\)\]"):
+        head.predictor(features, grid_of(head, features[:1]))

@@ -9,7 +9,7 @@ import pytest
 
 USE = """
 import torch, group_sampling
-from group_sampling.experiments.verdicts import paper_values
+from group_sampling.experiments.claims import paper_values
 from group_sampling.ops import extension_status, match_anchors
 assert paper_values()["table1"]["fpn"]["all"] == 82.1
 box = torch.tensor([[0.0, 0.0, 16.0, 16.0]])

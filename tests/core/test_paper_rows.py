@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from group_sampling.engines.tv.config import load_config
-from group_sampling.experiments.verdicts import paper_values, read_paper
+from group_sampling.experiments.claims import paper_values, read_paper
 
 CONFIGS = Path(__file__).resolve().parents[2] / "projects/GroupSampling/configs"
 FACTS = read_paper("rows")

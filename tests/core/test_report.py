@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from group_sampling.data.catalog import Catalog
+from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, write_predictions
-from group_sampling.experiments.report import Run, write_report
+from group_sampling.experiments.report import write_report
+from group_sampling.experiments.runs import Run
+from group_sampling.files import write_json
 
 SYNTHETIC = {"SYNTHETIC": {"NUM_VAL": 4, "HEIGHT": 96, "WIDTH": 128}}
 
@@ -22,8 +25,10 @@ def make_run(folder, name, records, shift):
     for record in records:
         scores = np.linspace(0.9, 0.6, len(record.boxes))
         write_predictions(run.folder / "inference/val/predictions", record.image_id, record.boxes + shift, scores)
-        metric.update(record.image_id, record.boxes + shift, scores, np.full(len(scores), 16.0))
-    metric.compute().to_json(run.folder / "inference/val/results.json")
+        metric.update(
+            record.image_id, Detections(record.boxes + shift, scores, anchor_scales=np.full(len(scores), 16.0))
+        )
+    write_json(run.folder / "inference/val/results.json", metric.compute().to_dict())
     rows = [
         {
             "iteration": i,

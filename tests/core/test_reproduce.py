@@ -12,7 +12,10 @@ from PIL import Image
 
 from group_sampling.config import ConfigError, get_value
 from group_sampling.engines.tv.config import load_config
-from group_sampling.experiments import jobs
+from group_sampling.experiments import jobs, reproduction
+from group_sampling.experiments.claims import paper_values
+from group_sampling.experiments.reproduction import COUNT_DIVISORS, scale_opts
+from group_sampling.experiments.rows import EXPERIMENTS, TABLE_SAMPLES, Experiment, Row
 
 TOOLS = Path(__file__).resolve().parents[2] / "projects/GroupSampling/tools"
 sys.path.insert(0, str(TOOLS))
@@ -42,10 +45,9 @@ results.parent.mkdir(parents=True)
 results.write_text(json.dumps({"ap": {"all": ap, "@16": ap / 2, "@128": None}}))
 """
 
-EXPERIMENT = reproduce.Experiment(
+EXPERIMENT = Experiment(
     "Table 1: two rows",
-    (reproduce.Row("uniform", "fpn_finest"), reproduce.Row("group", "fpn_finest_sampling")),
-    (("fpn_finest_sampling", "fpn_finest", "above"),),
+    (Row("uniform", "fpn_finest"), Row("group", "fpn_finest_sampling")),
 )
 
 
@@ -54,7 +56,8 @@ def stand_in(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(reproduce, "TRAIN_NET", script)
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {**reproduce.EXPERIMENTS, "table1": EXPERIMENT, "table4": EXPERIMENT})
+    monkeypatch.setitem(EXPERIMENTS, "table1", EXPERIMENT)
+    monkeypatch.setitem(EXPERIMENTS, "table4", EXPERIMENT)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
 
     def set_up(fail=()):
@@ -82,13 +85,16 @@ def test_rows_are_run_once_and_reported(tmp_path, stand_in, capsys):
 
     report = (tmp_path / "out/tiny/report.md").read_text()
     assert report.count("### Table 1: two rows") == 2  # both tables have these rows here
-    # Means 11 and 21 with the seeds' deviation of 1; the paper's value stands before them, or a question mark.
-    assert "| uniform | `fpn_finest` | 80.2 / 11.0 ± 1.0 | ? / 5.5 ± 0.5 |" in report
-    assert "| group | `fpn_finest_sampling` | ? / 21.0 ± 1.0 | ? / 10.5 ± 0.5 |" in report
-    assert "| group - uniform | above | +10.0 ± 0.0 | 3 of 3 |" in report
-    assert "@128" not in report  # no face of that scale: no AP
+    # Means 11 and 21 with the seeds' deviation of 1, after the paper's value. @128 has no face and so no AP.
+    uniform, group = "80.2 / 11.0 ± 1.0 | 65.6 / 5.5 ± 0.5 |", "82.8 / 21.0 ± 1.0 | 74.1 / 10.5 ± 0.5 |"
+    assert f"| uniform | `fpn_finest` | 94.1 / not run | 93.0 / not run | 86.6 / not run | {uniform}" in report
+    assert f"| group | `fpn_finest_sampling` | 94.7 / not run | 93.8 / not run | 88.7 / not run | {group}" in report
+    (claim,) = re.findall(r"\| 1\.10 \|.*", report)
+    assert "fpn_finest_sampling − fpn_finest, all | +2.6 | +10.0 ± 0.0 (3 seeds) | agrees (without" in claim
 
     content = json.loads((tmp_path / "out/tiny/report.json").read_text())
+    verdicts = {claim["id"]: claim["verdict"] for claim in content["claims"]}
+    assert verdicts["1.10"] == "agrees" and verdicts["1.1"] == "not run"  # the other detectors have no results
     row = content["experiments"]["table1"]["rows"][0]
     assert row["ours"]["all"] == {"seeds": [10.0, 11.0, 12.0], "mean": 11.0, "std": 1.0} and row["runs"] == 3
     for image in re.findall(r"\]\((images/.*?)\)", report):
@@ -120,8 +126,8 @@ def test_failed_row_does_not_stop_the_others_and_is_tried_again(tmp_path, stand_
         run(tmp_path, "--table", 1)
     assert "out of luck" in capsys.readouterr().err
     report = (tmp_path / "out/tiny/report.md").read_text()
-    assert "| uniform | `fpn_finest` | 80.2 / not run |" in report and "? / 20.0" in report
-    assert "| group - uniform | above | not run | not run |" in report
+    assert "| uniform | `fpn_finest` | 94.1 / not run |" in report and "82.8 / 20.0 |" in report
+    assert re.search(r"\| 1\.10 \|.*\| not run", report)
     stand_in()
     run(tmp_path, "--table", 1)
     assert [config for config, _ in calls(tmp_path)].count("fpn_finest_sampling") == 1
@@ -137,58 +143,57 @@ def test_report_of_what_is_there(tmp_path, stand_in):
 
 def test_other_settings_are_refused(tmp_path, stand_in):
     run(tmp_path, "--table", 1)
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="expected a run with the settings"):
         run(tmp_path, "--table", 1, opts=["SOLVER.MAX_ITER", "7"])
     assert len(calls(tmp_path)) == 2
 
 
 def test_missing_config_is_named(tmp_path, stand_in, monkeypatch):
-    absent = reproduce.Experiment("x", (reproduce.Row("x", "table9/absent"),), ())
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "table1", absent)
+    absent = Experiment("x", (Row("x", "table9/absent"),))
+    monkeypatch.setitem(EXPERIMENTS, "table1", absent)
     with pytest.raises(ConfigError, match=r"table9/absent\.yaml"):
         run(tmp_path, "--table", 1)
 
 
 def test_figure_2_needs_no_training(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(reproduce, "DETECTORS", EXPERIMENT.rows)
+    monkeypatch.setattr(reproduction, "DETECTORS", EXPERIMENT.rows)
     run(tmp_path, "--figure", 2, "--seeds", 2, opts=["DATASETS.SYNTHETIC.NUM_TRAIN", "6"])
     assert not calls(tmp_path)
     report = (tmp_path / "out/tiny/report.md").read_text()
     assert "| positives / negatives in an image | @16 | @32 | @64 | @128 |" in report
+    assert re.search(r"\| F2\.5 \|.*agrees", report)  # group sampling is more balanced than the uniform draw
     assert (tmp_path / "out/tiny/images/reproduce_tiny_figure2.png").exists()
 
 
 def test_wider_leaves_the_configs_as_they_are():
-    assert reproduce.scale_opts("fpn_finest", "wider") == []
+    assert scale_opts(reproduce.CONFIGS, "fpn_finest", "wider") == []
 
 
-@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_row_exists_and_scales(name):
-    for row in reproduce.EXPERIMENTS[name].rows:
+    for row in EXPERIMENTS[name].rows:
         file = str(reproduce.CONFIGS / f"{row.config}.yaml")
         full = load_config(file, ["MODEL.DEVICE", "cpu"])
-        tiny = load_config(file, reproduce.scale_opts(row.config, "tiny"))
-        for key, divisor in reproduce.COUNT_DIVISORS.items():
+        tiny = load_config(file, scale_opts(reproduce.CONFIGS, row.config, "tiny"))
+        for key, divisor in COUNT_DIVISORS.items():
             assert get_value(tiny, key) == get_value(full, key) // divisor
-    configs = {row.config for row in reproduce.EXPERIMENTS[name].rows}
-    assert all({a, b} <= configs for a, b, _ in reproduce.EXPERIMENTS[name].comparisons)
 
 
 def test_figure_4_takes_the_rows_of_table_1_for_the_tables_number_of_samples():
     for detector in ("fpn", "fpn_finest", "fpn_finest_sampling"):
-        names = (detector, f"figure4/{detector}_n{reproduce.TABLE_SAMPLES}")
+        names = (detector, f"figure4/{detector}_n{TABLE_SAMPLES}")
         cfgs = [
             load_config(str(reproduce.CONFIGS / f"{n}.yaml"), ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", ""]) for n in names
         ]
         assert cfgs[0] == cfgs[1]
-        assert detector in {row.config for row in reproduce.EXPERIMENTS["figure4"].rows}
+        assert detector in {row.config for row in EXPERIMENTS["figure4"].rows}
 
 
-def test_paper_values_are_of_rows():
-    paper = reproduce.yaml.safe_load(reproduce.PAPER.read_text())
-    for name, rows in paper.items():
-        assert set(rows) <= {row.config for row in reproduce.EXPERIMENTS[name].rows}
-        assert all(0 < value < 100 for values in rows.values() for value in values.values())
+def test_paper_has_a_number_for_every_row_of_a_table():
+    paper = paper_values()
+    for name, experiment in EXPERIMENTS.items():
+        if name.startswith("table"):
+            assert {row.config for row in experiment.rows} == set(paper[name])
 
 
 def test_progress_of_a_half_written_file(tmp_path):

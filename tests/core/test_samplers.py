@@ -125,7 +125,7 @@ def test_the_example_of_contributing_trains(repository, monkeypatch):
     losses = []
     for iteration in range(2):
         result = AnchorCriterion(sampler)(
-            GRID, head.predictor([feature]), [FACES, FACES[:0]], [FACES[:0], FACES], iteration=iteration
+            GRID, head.predictor([feature], GRID), [FACES, FACES[:0]], [FACES[:0], FACES], iteration=iteration
         )
         # The head starts by expecting no face, so faces are hardest. Both scales have 24 usable anchors.
         assert ((result.num_pos + result.num_neg) == 24).all() and (result.num_pos > 0).all()

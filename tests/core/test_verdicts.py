@@ -8,19 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from group_sampling.experiments.claims import Comparison, Ordering, paper_orderings, paper_values, read_paper
 from group_sampling.experiments.verdicts import (
     AGREES,
     DISAGREES,
     NOT_RUN,
     NOT_SEPARABLE,
-    Comparison,
     Noise,
-    Ordering,
     judge,
     markdown,
-    paper_orderings,
-    paper_values,
-    read_paper,
     sample_shares,
     seed_noise,
 )

@@ -90,31 +90,31 @@ def _delete(*path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (_delete("images"), r"gt\.json: expected 'images' of type list, found no such key"),
-        (_set("annotations", to={}), r"gt\.json: expected 'annotations' of type list, found \{\}"),
-        (_set("images", 0, to=5), r"images\[0\]: expected a JSON object, found 5"),
-        (_delete("images", 1, "id"), r"images\[1\]: expected 'id' of type int, found no such key"),
-        (_set("images", 1, "id", to=True), r"images\[1\]: expected 'id' of type int, found true"),
-        (_set("images", 1, "id", to=1), r"images\[1\]: expected each id once, found id 1 again"),
-        (_set("images", 1, "height", to=0), r"image 2: expected height and width in \[1, 16777216\], found \[0, 60\]"),
-        (_set("images", 1, "width", to="60"), r"image 2: expected 'width' of type int, found \"60\""),
+        (_delete("images"), r"gt\.json: expected 'images' of type list, got no such key"),
+        (_set("annotations", to={}), r"gt\.json: expected 'annotations' of type list, got \{\}"),
+        (_set("images", 0, to=5), r"images\[0\]: expected a JSON object, got 5"),
+        (_delete("images", 1, "id"), r"images\[1\]: expected 'id' of type int, got no such key"),
+        (_set("images", 1, "id", to=True), r"images\[1\]: expected 'id' of type int, got true"),
+        (_set("images", 1, "id", to=1), r"images\[1\]: expected each id once, got id 1 again"),
+        (_set("images", 1, "height", to=0), r"image 2: expected height and width in \[1, 16777216\], got \[0, 60\]"),
+        (_set("images", 1, "width", to="60"), r"image 2: expected 'width' of type int, got \"60\""),
         (_set("images", 1, "file_name", to="../a.jpg"), r"image 2: expected an image path below the image folder"),
-        (_set("images", 1, "file_name", to=None), r"image 2: expected 'file_name' of type str, found null"),
-        (_set("annotations", 1, "id", to=11), r"annotations\[1\]: expected each id once, found id 11 again"),
-        (_set("annotations", 1, "image_id", to=5), r"annotation 12: expected the id of an image .*found image_id 5"),
+        (_set("images", 1, "file_name", to=None), r"image 2: expected 'file_name' of type str, got null"),
+        (_set("annotations", 1, "id", to=11), r"annotations\[1\]: expected each id once, got id 11 again"),
+        (_set("annotations", 1, "image_id", to=5), r"annotation 12: expected the id of an image .*got image_id 5"),
         (
             _set("annotations", 1, "category_id", to=4),
-            r"annotation 12: expected 'category_id' to be one of 3, 7, found 4",
+            r"annotation 12: expected 'category_id' to be one of 3, 7, got 4",
         ),
-        (_delete("annotations", 1, "bbox"), r"annotation 12: expected 'bbox' of type list, found no such key"),
+        (_delete("annotations", 1, "bbox"), r"annotation 12: expected 'bbox' of type list, got no such key"),
         (
             _set("annotations", 1, "bbox", to=[1, 2, 3]),
-            r"annotation 12: expected 'bbox' as 4 numbers .*found \[1, 2, 3\]",
+            r"annotation 12: expected 'bbox' as 4 numbers .*got \[1, 2, 3\]",
         ),
         (_set("annotations", 1, "bbox", to=[1, 2, 3, None]), r"annotation 12: expected 'bbox' as 4 numbers"),
         (_set("annotations", 1, "bbox", to=[1, 2, 3, True]), r"annotation 12: expected 'bbox' as 4 numbers"),
-        (_set("annotations", 1, "iscrowd", to="no"), r"annotation 12: expected 'iscrowd' of type int, found \"no\""),
-        (_set("categories", 0, "name", to=3), r"category 7: expected 'name' of type str, found 3"),
+        (_set("annotations", 1, "iscrowd", to="no"), r"annotation 12: expected 'iscrowd' of type int, got \"no\""),
+        (_set("categories", 0, "name", to=3), r"category 7: expected 'name' of type str, got 3"),
     ],
 )
 def test_errors_name_the_entry_the_expectation_and_the_finding(tmp_path, change, message):
@@ -128,7 +128,7 @@ def test_errors_name_the_entry_the_expectation_and_the_finding(tmp_path, change,
 def test_a_file_that_is_no_json_object(tmp_path, content):
     path = tmp_path / "gt.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(AnnotationError, match=r"gt\.json: expected (JSON|a JSON object), found"):
+    with pytest.raises(AnnotationError, match=r"gt\.json: expected (JSON|a JSON object), got"):
         read_annotations(path, tmp_path)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from group_sampling.data.catalog import Catalog, MissingDatasetError
 from group_sampling.data.fddb import bounding_boxes, read_annotations, read_records
-from group_sampling.data.records import AnnotationError
+from group_sampling.data.records import AnnotationError, UnreadableImageError
 
 ONE = "2002/08/11/big/img_1"
 TWO = "2002/08/11/big/img_2"
@@ -61,13 +61,13 @@ def test_sizes_from_the_file_or_from_the_images(folds, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, error, message",
+    "content, message",
     [
-        (None, FileNotFoundError, "img_2.jpg"),
-        (b"no image", ValueError, "img_2.jpg: expected an image, cannot read it"),
+        (None, "no such file"),
+        (b"no image", "UnidentifiedImageError"),
     ],
 )
-def test_images_without_a_size(folds, tmp_path, content, error, message):
+def test_images_without_a_size(folds, tmp_path, content, message):
     for image in (ONE, TWO, THREE):
         path = tmp_path / "pictures" / f"{image}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def test_images_without_a_size(folds, tmp_path, content, error, message):
     damaged.unlink()
     if content is not None:
         damaged.write_bytes(content)
-    with pytest.raises(error, match=message):
+    with pytest.raises(UnreadableImageError, match=rf"img_2\.jpg: {message}"):
         read_annotations(folds, tmp_path / "pictures")
 
 
@@ -93,7 +93,7 @@ def test_images_without_a_size(folds, tmp_path, content, error, message):
         (
             "FDDB-fold-01-ellipseList.txt",
             f"{ONE}\n1\n1 1 0 1 1\n",
-            ":3: expected 'semi-major semi-minor angle centre-x",
+            ":3: expected 'semi-major semi-minor angle center-x",
         ),
         ("FDDB-fold-01-ellipseList.txt", f"{ONE}\n1\n1 1 0 nan 1 1\n", ":3: expected 'semi-major"),
         ("FDDB-fold-01-ellipseList.txt", f"{ONE}\n1\n1 1 0 1_0 1 1\n", ":3: expected 'semi-major"),
@@ -132,7 +132,7 @@ def test_an_image_in_two_folds(folds):
 
 
 def test_missing_files(folds, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected FDDB-fold-01-ellipseList\.txt and so on, found none"):
+    with pytest.raises(FileNotFoundError, match=r"expected FDDB-fold-01-ellipseList\.txt and so on, got none"):
         read_annotations(tmp_path)
     (folds / "FDDB-fold-02.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"FDDB-fold-02\.txt: no such file; it lists the images of"):

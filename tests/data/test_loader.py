@@ -217,7 +217,7 @@ def test_filter_empty_keeps_images_with_a_face():
     [
         ({"images": []}, "records: expected at least one image"),
         ({"images_per_batch": 0}, "images_per_batch: expected at least 1"),
-        ({"rank": 2, "world_size": 2}, "expected 0 <= rank < world_size, found rank 2 of 2"),
+        ({"rank": 2, "world_size": 2}, "expected 0 <= rank < world_size, got rank 2 of 2"),
         ({"start_batch": -1}, "expected start_batch >= 0"),
         ({"max_bad_share": 2}, "max_bad_share: expected a share"),
     ],

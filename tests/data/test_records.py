@@ -94,7 +94,7 @@ def test_unreadable_images_name_file_and_reason(tmp_path, kind):
 
 def test_an_image_of_another_size_than_annotated_is_unreadable(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
-    with pytest.raises(UnreadableImageError, match="says 6x9 pixels, the upright image has 9x6"):
+    with pytest.raises(UnreadableImageError, match="expected 6x9 pixels as annotated, got 9x6 when upright"):
         read_image(record(tmp_path / "a.png", (9, 6)))
 
 
@@ -167,7 +167,7 @@ def test_image_root_refuses_links_that_leave_it(tmp_path):
     (root / "real").mkdir()
     (root / "inner.jpg").symlink_to(root / "real" / "x.jpg")
     for path in ("folder/x.jpg", "file.jpg", "sibling/x.jpg"):
-        with pytest.raises(ValueError, match="is a link out of"):
+        with pytest.raises(ValueError, match="a link to"):
             ImageRoot(root).join(path, "here")
     assert ImageRoot(root).join("inner.jpg", "here") == str(root / "inner.jpg")
     (tmp_path / "link").symlink_to(root)  # the folder itself may be one

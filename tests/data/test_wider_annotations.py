@@ -65,7 +65,7 @@ def test_keep_selects_images_and_counts_only_them(tmp_path):
     assert (report.num_images, report.num_boxes, report.num_dropped) == (1, 2, 0)
 
     (tmp_path / "list").write_text("2--Dance/2_Dance_3.jpg\nnowhere.jpg\n")
-    with pytest.raises(AnnotationError, match=r"list:2: expected an image of .*bbx_gt\.txt, found 'nowhere\.jpg'"):
+    with pytest.raises(AnnotationError, match=r"list:2: expected an image of .*bbx_gt\.txt, got 'nowhere\.jpg'"):
         read_annotations(SAMPLE, "/images", keep=read_paths(tmp_path / "list"))
 
 
@@ -98,19 +98,19 @@ BOX = "1 2 3 4 0 0 0 0 0 0\n"
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("3\n" + BOX, r"gt\.txt:1: expected an image path .*found '3'"),
-        ("a.jpg\n" + BOX, r"gt\.txt:2: expected a number of boxes, found '1 2 3 4 0 0 0 0 0 0'"),
-        ("a.jpg\n-1\n", r"gt\.txt:2: expected a number of boxes, found '-1'"),
-        ("a.jpg\n" + "9" * 5000, r"gt\.txt:2: expected a number of boxes, found '9+\.\.\.'"),
-        ("a.jpg\n999999999\n" + BOX, r"gt\.txt: expected 999999999 boxes for a\.jpg, found the end of the file"),
-        ("a.jpg\n", r"gt\.txt: expected the number of boxes of a\.jpg, found the end of the file"),
-        ("a.jpg\n2\n" + BOX + "b.jpg\n1\n" + BOX, r"gt\.txt:4: expected 'x y w h .*\(10 numbers\), found 'b\.jpg'"),
-        ("a.jpg\n1\n1 2 3 4\n", r"gt\.txt:3: expected 'x y w h .*\(10 numbers\), found '1 2 3 4'"),
+        ("3\n" + BOX, r"gt\.txt:1: expected an image path .*got '3'"),
+        ("a.jpg\n" + BOX, r"gt\.txt:2: expected a number of boxes, got '1 2 3 4 0 0 0 0 0 0'"),
+        ("a.jpg\n-1\n", r"gt\.txt:2: expected a number of boxes, got '-1'"),
+        ("a.jpg\n" + "9" * 5000, r"gt\.txt:2: expected a number of boxes, got '9+\.\.\.'"),
+        ("a.jpg\n999999999\n" + BOX, r"gt\.txt: expected 999999999 boxes for a\.jpg, got the end of the file"),
+        ("a.jpg\n", r"gt\.txt: expected the number of boxes of a\.jpg, got the end of the file"),
+        ("a.jpg\n2\n" + BOX + "b.jpg\n1\n" + BOX, r"gt\.txt:4: expected 'x y w h .*\(10 numbers\), got 'b\.jpg'"),
+        ("a.jpg\n1\n1 2 3 4\n", r"gt\.txt:3: expected 'x y w h .*\(10 numbers\), got '1 2 3 4'"),
         ("a.jpg\n1\n1 2 x 4 0 0 0 0 0 0\n", r"gt\.txt:3: expected 'x y w h"),
-        ("a.jpg\n1\n1 2 3 4 0 0 0 7 0 0\n", r"gt\.txt:3: expected 0 or 1 for 'invalid', found 7"),
+        ("a.jpg\n1\n1 2 3 4 0 0 0 7 0 0\n", r"gt\.txt:3: expected 0 or 1 for 'invalid', got 7"),
         ("a.jpg\n1\n" + BOX + BOX, r"gt\.txt:4: expected an image path"),
-        ("a.jpg\n0\na.jpg\n0\n", r"gt\.txt:3: expected each image once, found 'a\.jpg' again, first at .*gt\.txt:1"),
-        ("../a.jpg\n0\n", r"gt\.txt:1: expected an image path below the image folder, found '\.\./a\.jpg'"),
+        ("a.jpg\n0\na.jpg\n0\n", r"gt\.txt:3: expected each image once, got 'a\.jpg' again, first at .*gt\.txt:1"),
+        ("../a.jpg\n0\n", r"gt\.txt:1: expected an image path below the image folder, got '\.\./a\.jpg'"),
         ("/etc/a.jpg\n0\n", r"gt\.txt:1: expected an image path below the image folder"),
     ],
 )
@@ -122,7 +122,7 @@ def test_errors_name_line_expectation_and_finding(tmp_path, text, message):
 @pytest.mark.parametrize("content", [b"\x1f\x8b\x08 broken", gzip.compress(b"a.jpg\n0\n")[:-6], b"\xff\xfe\x00a"])
 def test_a_file_that_is_not_text_is_an_annotation_error(tmp_path, content):
     (tmp_path / "gt.txt").write_bytes(content)
-    with pytest.raises(AnnotationError, match=r"gt\.txt: expected text, plain or gzipped, found: "):
+    with pytest.raises(AnnotationError, match=r"gt\.txt: expected text, plain or gzipped, got: "):
         read_annotations(tmp_path / "gt.txt", tmp_path)
 
 

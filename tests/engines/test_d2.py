@@ -233,6 +233,18 @@ def test_main_trains_evaluates_and_resumes(make_args, tmp_path):
     assert evaluated["wider_face"]["AP_all"] == pytest.approx(100 * results["ap"]["all"])
 
 
+@pytest.mark.slow
+def test_two_cpu_processes(make_args, tmp_path):
+    """Started from here; the evaluation finds what a single process finds."""
+    main(make_args(num_gpus=2))
+    out = tmp_path / "out"
+    assert (out / "log.txt.rank1").exists() and (out / "model_final.pth").exists()
+    weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
+    two = main(make_args(*weights, "OUTPUT_DIR", str(tmp_path / "two"), eval_only=True, num_gpus=2))
+    one = main(make_args(*weights, "OUTPUT_DIR", str(tmp_path / "one"), eval_only=True))
+    assert two["wider_face"]["AP_all"] == one["wider_face"]["AP_all"] >= 0
+
+
 def test_torchvision_weights_load(make_cfg, tmp_path):
     """A file like torchvision's ImageNet ResNet-18: every parameter and statistic of the backbone comes from it."""
     torch.manual_seed(0)

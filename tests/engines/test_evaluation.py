@@ -126,7 +126,7 @@ def test_shares_are_merged_without_duplicates(tmp_path, count):
 
 
 @pytest.mark.parametrize("first, second", [(1, 1), (3, 1), (1, 2), (2, 3)])
-def test_taken_up_by_any_number_of_processes(tmp_path, first, second):
+def test_continued_by_any_number_of_processes(tmp_path, first, second):
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 9)
     records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
     expected = Simulated(cfg, records, model, 1, resume=False).finish()
@@ -149,7 +149,7 @@ def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "data set", "image file", "no --resume", "damage"])
-def test_what_is_not_taken_up(tmp_path, caplog, change):
+def test_what_is_not_reused(tmp_path, caplog, change):
     for i in range(4):
         path = tmp_path / f"images/e/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,10 +289,10 @@ def test_coco_format_on_both_engines(tmp_path):
     wider = WiderFaceAP.from_records(records)
     for record in records:
         found = found_in(record)
-        boxes = found.boxes.clip(0, [160, 120, 160, 120])
-        coco.update(record.image_id, boxes, found.scores, found.classes)
-        wider.update(record.image_id, boxes, found.scores, found.anchor_scales)
-    expected = {f"coco/{name}": 100 * value for name, value in coco.compute().metrics.items()}
+        found = found._replace(boxes=found.boxes.clip(0, [160, 120, 160, 120]))
+        coco.update(record.image_id, found)
+        wider.update(record.image_id, found)
+    expected = {f"coco/{name}": value for name, value in coco.compute().metrics().items()}
     assert 0 < expected["coco/AP"] < 100
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
     assert metrics["wider_face/AP_all"] == pytest.approx(100 * wider.compute().ap["all"])
@@ -334,8 +334,8 @@ def test_predictions_are_a_submission(tmp_path):
         packed.append(Path(shutil.make_archive(str(tmp_path / kind), kind, folder.parent, "predictions")))
     for path in packed:
         metric = WiderFaceAP.from_records(records)
-        for image_id, (boxes, scores, *_) in read_predictions(path):
-            metric.update(image_id, boxes, scores)
+        for image_id, found in read_predictions(path):
+            metric.update(image_id, found)
         assert 100 * metric.compute().ap["all"] == pytest.approx(ap, abs=1e-9), path
 
 
@@ -362,7 +362,7 @@ def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
-def test_the_evaluation_after_a_training_is_taken_up(tmp_path, engine):
+def test_the_evaluation_after_a_training_is_continued(tmp_path, engine):
     """--resume of a finished training evaluates, without the image that was finished before."""
     if importlib.util.find_spec(engine) is None:
         pytest.skip("Detectron2 is not installed")

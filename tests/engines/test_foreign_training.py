@@ -1,17 +1,22 @@
 """This project's components in models and training loops that are not its own."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 from test_roi_heads import FACES, TinyBackbone, make_heads, make_target
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from group_sampling import distributed
 from group_sampling.criterion import AnchorCriterion
 from group_sampling.engines.build import AnchorLayout
+from group_sampling.engines.launch import launch
 from group_sampling.engines.tv.rpn import GroupedAnchorGenerator, GroupSamplingRPN
 from group_sampling.engines.tv.sampling import SamplingModule
 from group_sampling.head import SoftmaxRPNHead
@@ -56,8 +61,9 @@ def make_faster_rcnn():
 class Loop:
     """A training loop of other code, without an iteration count. Notes what the samplers draw in every forward pass."""
 
-    def __init__(self, model):
+    def __init__(self, model, wrap=lambda model: model):
         self.model = model.train()
+        self.wrapped = wrap(model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         self.anchors, self.proposals = [], []
         for sampler, drawn in ((model.rpn.criterion.sampler, self.anchors), (model.roi_heads.sampler, self.proposals)):
@@ -80,7 +86,7 @@ class Loop:
         image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(1))
         self.optimizer.zero_grad()
         for _ in range(num_passes):
-            losses = self.model([image, image], [make_target(FACES, [1, 3]), make_target([])])
+            losses = self.wrapped([image, image], [make_target(FACES, [1, 3]), make_target([])])
             sum(losses.values()).backward()
         self.optimizer.step()
 
@@ -146,3 +152,24 @@ def test_counts_are_no_buffers():
     module.rpn.iteration = 3
     assert isinstance(module.rpn, SamplingModule) and model.rpn.iteration == 0
     assert module.to(torch.float64).state_dict()["rpn._extra_state"].device.type == "cpu"
+
+
+def train_in_a_group(cfg, args, device):
+    """DistributedDataParallel as it is by default, which broadcasts buffers."""
+    loop = Loop(make_faster_rcnn(), DistributedDataParallel)
+    for _ in range(2):
+        loop.step()
+    drawn = [[image.tolist() for image in images] for images in loop.anchors]
+    return distributed.all_gather((loop.model.rpn.iteration, loop.model.roi_heads.iteration, drawn))
+
+
+@pytest.mark.slow
+def test_processes_count_alike_and_draw_apart():
+    args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+    (*counts, first), (*other_counts, second) = launch(train_in_a_group, CfgNode({"MODEL": {"DEVICE": "cpu"}}), args)
+    assert counts == other_counts == [2, 2]
+    images = [str(image) for drawn in (first, second) for (step,) in drawn for image in step]
+    assert len(images) == 8 and len(set(images)) == 8, "a draw is repeated in another step, process or image"
+    single = Loop(make_faster_rcnn())
+    single.step()
+    assert [image.tolist() for image in single.anchors[0]] == first[0]

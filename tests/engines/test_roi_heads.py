@@ -301,7 +301,7 @@ def test_sizes_of_the_heads():
     assert shapes["box_head.fc6.weight"] == (32, 32 * 7 * 7) and shapes["box_head.fc7.weight"] == (32, 32)
     assert shapes["box_predictor.cls_score.weight"] == (81, 32)
     assert shapes["box_predictor.bbox_pred.weight"] == (4 * 81, 32)
-    assert heads.box_roi_pool.stride == 4 and heads.sampler.scales == (32, 64, 128, 256, 512)
+    assert heads.box_roi_pool.spatial_scale == 1 / 4 and heads.sampler.scales == (32, 64, 128, 256, 512)
     assert (heads.box_predictor.bbox_pred.weight[:4] == 0).all()
 
 

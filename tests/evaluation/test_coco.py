@@ -14,8 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from group_sampling.data.records import AnnotationError
-from group_sampling.evaluation.coco import CocoAP
+from group_sampling.detections import Detections
+from group_sampling.evaluation.coco import CocoAP, write_coco_detections
+from group_sampling.files import write_json
 
+FACE = {1: "face"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -73,12 +76,19 @@ def random_set(rng, num_classes):
 
 def evaluate(file, detections, category_ids, max_dets):
     metric = CocoAP.from_file(file, max_dets_per_image=max_dets)
+    for image_id, found in by_image(detections, category_ids).items():
+        metric.update(image_id, found)
+    return metric
+
+
+def by_image(detections, category_ids):
+    found = {}
     for image in dict.fromkeys(d[0] for d in detections):
         mine = [d for d in detections if d[0] == image]
         xywh = np.array([d[2] for d in mine])
         boxes = np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])
-        metric.update(str(image), boxes, [d[3] for d in mine], [category_ids.index(d[1]) for d in mine])
-    return metric
+        found[str(image)] = Detections(boxes, [d[3] for d in mine], [category_ids.index(d[1]) for d in mine])
+    return found
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from([1, 3, 100]))
@@ -89,8 +99,8 @@ def test_equals_pycocotools(tmp_path_factory, seed, num_classes, max_dets):
     file.write_text(json.dumps(content))
     found = evaluate(file, detections, category_ids, max_dets).compute()
     expected = reference(file, detections, max_dets)
-    assert found.metrics == pytest.approx(expected, abs=1e-12, nan_ok=True)
-    assert found.metrics["AP"] == pytest.approx(np.nanmean([*found.class_ap.values()] or [math.nan]), nan_ok=True)
+    assert found.stats == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert found.stats["AP"] == pytest.approx(np.nanmean([*found.class_ap.values()] or [math.nan]), nan_ok=True)
 
 
 def crowded(tmp_path, count=2000):
@@ -109,8 +119,8 @@ def test_crowded_image(tmp_path, limit, expected):
     """Perfect detections of 2,000 faces: a limit of 100 hides 95 % of them."""
     file, boxes = crowded(tmp_path)
     metric = CocoAP.from_file(file, max_dets_per_image=limit)
-    metric.update("7", boxes, np.linspace(0.9, 0.5, len(boxes)))
-    metrics = metric.compute().metrics
+    metric.update("7", Detections(boxes, np.linspace(0.9, 0.5, len(boxes))))
+    metrics = metric.compute().stats
     assert 100 * metrics["AP"] == pytest.approx(expected, abs=0.005)
     assert metrics["AR"] == pytest.approx(limit / 2000)
     assert math.isnan(metrics["APm"]) and math.isnan(metrics["APl"])
@@ -120,21 +130,21 @@ def test_results_file(tmp_path):
     """COCO's results format, with the annotation file's ids: pycocotools reads it."""
     content, detections, category_ids = random_set(np.random.default_rng(5), 3)
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    metric = evaluate(tmp_path / "truth.json", detections, category_ids, 100)
-    metric.write_detections(tmp_path / "results.json")
+    categories = {i: f"class {i}" for i in category_ids}
+    write_coco_detections(tmp_path / "results.json", categories, by_image(detections, category_ids))
     written = json.loads((tmp_path / "results.json").read_text())
     read = [(row["image_id"], row["category_id"], row["bbox"], row["score"]) for row in written]
     assert sorted(map(repr, read)) == sorted(repr((d[0], d[1], list(map(float, d[2])), d[3])) for d in detections)
     assert reference(tmp_path / "truth.json", read, 100) == pytest.approx(
         reference(tmp_path / "truth.json", detections, 100), nan_ok=True
     )
-    result = metric.compute()
-    result.to_json(tmp_path / "ap.json")
+    result = evaluate(tmp_path / "truth.json", detections, category_ids, 100).compute()
+    write_json(tmp_path / "ap.json", result.to_dict())
     saved = json.loads((tmp_path / "ap.json").read_text())
-    assert saved["metrics"]["AP50"] == result.metrics["AP50"] and saved["max_dets_per_image"] == 100
+    assert saved["metrics"]["AP50"] == result.stats["AP50"] and saved["max_dets_per_image"] == 100
     assert set(saved["class_ap"]) == {f"class {i}" for i in category_ids}
     table = result.table()
-    assert "AP-class" in table and f"{100 * result.metrics['AP']:.2f}" in table
+    assert "AP-class" in table and f"{100 * result.stats['AP']:.2f}" in table
 
 
 def test_unusable_boxes_are_left_out(tmp_path):
@@ -145,26 +155,26 @@ def test_unusable_boxes_are_left_out(tmp_path):
         content["annotations"].append(bad)
     file.write_text(json.dumps(content))
     metric = CocoAP.from_file(file, max_dets_per_image=10)
-    metric.update("7", boxes, np.ones(4))
-    assert metric.compute().metrics["AP"] == pytest.approx(1)
+    metric.update("7", Detections(boxes, np.ones(4)))
+    assert metric.compute().stats["AP"] == pytest.approx(1)
 
 
 def test_records_without_a_file():
     record = SimpleNamespace(image_id="a", boxes=[[0, 0, 10, 10]], classes=[0], ignore=[False])
     crowd = SimpleNamespace(image_id="b", boxes=[[0, 0, 50, 50]], classes=[0], ignore=[True])
-    metric = CocoAP([record, crowd], ("face",), max_dets_per_image=10)
-    metric.update("a", [[0, 0, 10, 10]], [0.5])
-    metric.update("b", [[0, 0, 10, 10], [5, 5, 20, 20]], [0.9, 0.8])  # inside the crowd: no false positives
+    metric = CocoAP([record, crowd], FACE, max_dets_per_image=10)
+    metric.update("a", Detections([[0, 0, 10, 10]], [0.5]))
+    metric.update("b", Detections([[0, 0, 10, 10], [5, 5, 20, 20]], [0.9, 0.8]))  # inside the crowd: no false positives
     result = metric.compute()
-    assert result.metrics["AP"] == pytest.approx(1) and len(metric) == 2
+    assert result.stats["AP"] == pytest.approx(1) and len(metric) == 2
     assert result.counts == {"images": 2, "objects": 1, "crowds": 1, "detections": 3}
 
 
 @pytest.mark.parametrize("num_images", [0, 1])
 def test_nothing(num_images):
     records = [SimpleNamespace(image_id=str(i), boxes=[], classes=[], ignore=[]) for i in range(num_images)]
-    result = CocoAP(records, ("face",), max_dets_per_image=10).compute()
-    assert all(math.isnan(value) for value in result.metrics.values()) and "n/a" in result.table()
+    result = CocoAP(records, FACE, max_dets_per_image=10).compute()
+    assert all(math.isnan(value) for value in result.stats.values()) and "n/a" in result.table()
 
 
 def test_classes_of_the_same_name(tmp_path):
@@ -177,7 +187,7 @@ def test_classes_of_the_same_name(tmp_path):
 @pytest.mark.parametrize(
     "image, boxes, scores, classes, message",
     [
-        ("b", [], [], None, "image 'b', which is not in the ground truth"),
+        ("b", [], [], None, "expected an image of the ground truth, got 'b'"),
         ("a", [[0, 0, 1, 1]], [], None, "expected 1 scores"),
         ("a", [[0, 0, 1, 1]], [0.5], [1], "class below 1, got .*class 1"),
         ("a", [[0, 0, 1, 1]], [0.5], [-1], "class -1"),
@@ -189,22 +199,56 @@ def test_classes_of_the_same_name(tmp_path):
 )
 def test_refuses(image, boxes, scores, classes, message):
     record = SimpleNamespace(image_id="a", boxes=[], classes=[], ignore=[])
-    metric = CocoAP([record], ("face",), max_dets_per_image=10)
+    metric = CocoAP([record], FACE, max_dets_per_image=10)
     with pytest.raises(ValueError, match=message):
-        metric.update(image, boxes, scores, classes)
-    metric.update("a", [], [])  # the refused one left nothing behind
-    with pytest.raises(ValueError, match="updated once"):
-        metric.update("a", [], [])
+        metric.update(image, Detections(boxes, scores, classes))
+    metric.update("a", Detections([], []))  # the refused one left nothing behind
+    with pytest.raises(ValueError, match="expected one update per image"):
+        metric.update("a", Detections([], []))
 
 
 def test_refuses_arguments(tmp_path):
     record = SimpleNamespace(image_id="a", boxes=[], classes=[], ignore=[])
-    with pytest.raises(ValueError, match="two records have the image_id 'a'"):
-        CocoAP([record, record], ("face",), max_dets_per_image=10)
-    with pytest.raises(ValueError, match="max_dets_per_image must be at least 1, got 0"):
-        CocoAP([], ("face",), max_dets_per_image=0)
-    with pytest.raises(ValueError, match="class_names"):
-        CocoAP([], (), max_dets_per_image=1)
+    with pytest.raises(ValueError, match="expected each image once, got 'a' again"):
+        CocoAP([record, record], FACE, max_dets_per_image=10)
+    with pytest.raises(ValueError, match="max_dets_per_image: expected at least 1, got 0"):
+        CocoAP([], FACE, max_dets_per_image=0)
+    with pytest.raises(ValueError, match="categories: expected at least one"):
+        CocoAP([], {}, max_dets_per_image=1)
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(AnnotationError, match=r"x\.json"):
         CocoAP.from_file(tmp_path / "x.json", max_dets_per_image=1)
+
+
+def test_figures_and_curves(tmp_path):
+    """Percent, the classes' own AP only where there are several, and curves whose means are the figures."""
+    content, detections, category_ids = random_set(np.random.default_rng(5), 3)
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    result = evaluate(tmp_path / "truth.json", detections, category_ids, 100).compute()
+    metrics = result.metrics()
+    assert set(metrics) == {*METRICS, "AR", *(f"AP-class {i}" for i in category_ids)}
+    assert metrics["AP50"] == pytest.approx(100 * result.stats["AP50"]) and 0 < metrics["AP50"] < 100
+    for label, name in (("0.50", "AP50"), ("0.75", "AP75"), ("0.50:0.95", "AP")):
+        recall, precision = result.curves[label]
+        assert recall.tolist() == pytest.approx([i / 100 for i in range(101)])
+        assert np.mean(precision) == pytest.approx(result.stats[name])
+    result.plot(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    one = CocoAP([], FACE, max_dets_per_image=1).compute()
+    assert set(one.metrics()) == {*METRICS, "AR"} and all(np.isnan(p).all() for _, p in one.curves.values())
+
+
+@pytest.mark.parametrize("area", ["9", True, None])
+def test_areas_of_the_file_decide(tmp_path, area):
+    """The file's area, here that of a medium object, not that of the box; one that is no number is refused."""
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 5000}
+    image = {"id": 1, "file_name": "a.jpg", "height": 90, "width": 90}
+    content = {"images": [image], "categories": [{"id": 1, "name": "face"}], "annotations": [annotation]}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    stats = CocoAP.from_file(tmp_path / "t.json", max_dets_per_image=1).compute().stats
+    assert stats["APm"] == 0 and math.isnan(stats["APs"])
+    annotation["area"] = area
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(AnnotationError, match="annotation 1: expected 'area' as a number of pixels, got"):
+        CocoAP.from_file(tmp_path / "t.json", max_dets_per_image=1)

@@ -1,6 +1,7 @@
 """The reader of MATLAB files against SciPy's writer and reader, and against files that it must refuse."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,3 +86,13 @@ def test_unpacking_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("group_sampling.evaluation.mat5._MAX_VARIABLE_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="cut off or larger than 1 MiB"):
         read_mat5(tmp_path / "a.mat", ["v"])
+
+
+def test_a_file_that_crashes_scipy_is_an_error():
+    """Two bytes of a cell array were changed, in the type and the number of dimensions of an element.
+
+    scipy.io.loadmat dies of a segmentation fault on it (SciPy 1.17.1), which no caller can catch: the reason to have
+    a reader of our own.
+    """
+    with pytest.raises(ValueError, match=r"damaged_cell\.mat: "):
+        read_mat5(Path(__file__).with_name("damaged_cell.mat"), ["event_list"])

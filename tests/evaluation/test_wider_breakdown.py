@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from scipy.io import savemat
 from test_wider_face import evaluate, nearest_scale, random_set, xyxy
 
+from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 
@@ -21,7 +22,7 @@ EVENTS = 3
 def evaluator_of(truth, subsets, ignore, detections, **options):
     evaluator = WiderFaceAP({i: xyxy(f) for i, f in truth.items()}, ignore=ignore, subsets=subsets, **options)
     for image, rows in detections.items():
-        evaluator.update(image, xyxy(rows), [row[4] for row in rows])
+        evaluator.update(image, Detections(xyxy(rows), [row[4] for row in rows]))
     return evaluator
 
 
@@ -57,7 +58,7 @@ def test_one_event_is_the_whole():
         truth, counted, ignore, detections, *_ = random_set(seed)
         evaluator = evaluator_of(truth, {"easy": counted}, ignore, detections, by_size=True)
         (result,) = evaluator.compute_by(lambda image: "all").values()
-        np.testing.assert_equal(result.as_dict(), evaluator.compute().as_dict())
+        np.testing.assert_equal(result.to_dict(), evaluator.compute().to_dict())
 
 
 def size_of(box):
@@ -125,7 +126,7 @@ def test_curves_of_hdf5_without_h5py(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert {curve.name for curve in read_published_curves(tmp_path)} == {"old"}
-    assert "1 methods left out, their files are HDF5 and need h5py (pip install h5py): new" in caplog.text
+    assert "1 methods left out, their files are HDF5, which needs h5py (pip install h5py): new" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -181,8 +182,8 @@ def test_sums_on_a_published_result_set(shared_data):
 
     evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat", by_size=True)
     archive = next(Path(shared_data / "wider/predictions").glob("2aliveDeepfake*"))
-    for image, (boxes, scores, *_) in read_predictions(archive):
-        evaluator.update(image, boxes, scores)
+    for image, found in read_predictions(archive):
+        evaluator.update(image, found)
     whole, events = evaluator.compute(), evaluator.compute_by(lambda image: image.split("/")[0])
     assert len(events) == 61
     for kind in ("num_faces", "num_detections"):

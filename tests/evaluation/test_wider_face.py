@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, read_predictions
+from group_sampling.files import write_json
 
 
 def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty_images, score_range=None):
@@ -78,7 +80,7 @@ def evaluate(truth, subsets, ignore, detections, scale_of=None, **options):
     )
     for image, rows in detections.items():
         scales = None if scale_of is None else [scale_of[image][i] for i in range(len(rows))]
-        evaluator.update(image, xyxy(rows), [row[4] for row in rows], scales)
+        evaluator.update(image, Detections(xyxy(rows), [row[4] for row in rows], anchor_scales=scales))
     return evaluator.compute()
 
 
@@ -207,7 +209,7 @@ def test_one_scale_for_everything_equals_all():
 )
 def test_the_nearest_scale_is_the_smaller_one_on_a_tie(width, height, scale):
     evaluator = WiderFaceAP({"a": [[5, 5, 5 + width, 5 + height]]})
-    evaluator.update("a", [], [], anchor_scales=[])
+    evaluator.update("a", Detections([], [], anchor_scales=[]))
     faces = evaluator.compute().num_faces
     assert [name for name in faces if name != "all" and faces[name]] == [f"@{scale}"]
 
@@ -215,8 +217,8 @@ def test_the_nearest_scale_is_the_smaller_one_on_a_tie(width, height, scale):
 def test_hand_worked_case():
     # 10 x 10 faces are 11 x 11 = 121 pixels. Shifted by 3: overlap 88, union 154, IoU 4/7; by 4: 77 / 165 < 0.5.
     evaluator = WiderFaceAP({"a": [[0, 0, 10, 10], [50, 0, 60, 10]], "b": [[0, 0, 10, 10]]}, num_thresholds=10)
-    evaluator.update("a", [[3, 0, 13, 10], [0, 0, 10, 10], [54, 0, 64, 10]], [1.0, 0.85, 0.45])
-    evaluator.update("b", [[0, 0, 10, 10]], [0.0])
+    evaluator.update("a", Detections([[3, 0, 13, 10], [0, 0, 10, 10], [54, 0, 64, 10]], [1.0, 0.85, 0.45]))
+    evaluator.update("b", Detections([[0, 0, 10, 10]], [0.0]))
     result = evaluator.compute()
     # By falling score: hit, duplicate, miss, hit. Recall 1/3 at precision 1, then 2/3 at precision 2/4.
     assert result.ap["all"] == pytest.approx(1 / 3 * 1 + 1 / 3 * 2 / 4, abs=1e-15)
@@ -236,8 +238,8 @@ def test_no_detections_and_no_faces():
 
 def test_detections_in_an_image_without_boxes():
     evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]], "b": []}, subsets={"easy": {"a": [True], "b": []}})
-    evaluator.update("a", [[0, 0, 9, 9]], [0.5])
-    evaluator.update("b", [[0, 0, 9, 9]], [0.9])
+    evaluator.update("a", Detections([[0, 0, 9, 9]], [0.5]))
+    evaluator.update("b", Detections([[0, 0, 9, 9]], [0.9]))
     result = evaluator.compute()
     assert result.ap == {"easy": 1.0, "all": 0.5}  # the published code passes over image b, All does not
     assert result.counts["images_without_faces"] == result.counts["detections_without_faces"] == 1
@@ -254,7 +256,7 @@ def test_ignored_and_odd_faces():
     # The last two are inverted: they overlap nothing and are counted nowhere. The "area" of the last one is -100.
     boxes = [[0, 0, 9, 9], [100, 0, 109, 9], [203, 0, 200, 9], [300, 0, 289, 9]]
     evaluator = WiderFaceAP({"a": boxes}, ignore={"a": [False, True, False, False]})
-    evaluator.update("a", [[100, 0, 109, 9], [0, 0, 9, 9], [200, 0, 203, 9]], [0.9, 0.8, 0.1])
+    evaluator.update("a", Detections([[100, 0, 109, 9], [0, 0, 9, 9], [200, 0, 203, 9]], [0.9, 0.8, 0.1]))
     result = evaluator.compute()
     assert result.num_faces["all"] == 1 and result.ap["all"] == 1
     assert result.curves["all"][1][-1] == 1 / 2  # the first detection is left out, the last one is a false positive
@@ -263,7 +265,7 @@ def test_ignored_and_odd_faces():
 @pytest.mark.parametrize("ignore, ap", [([False, True], 1), ([True, False], 0)])
 def test_the_first_face_wins_a_tie(ignore, ap):
     evaluator = WiderFaceAP({"a": [[0, 0, 10, 10], [4, 0, 14, 10]]}, ignore={"a": ignore})
-    evaluator.update("a", [[2, 0, 12, 10]], [1])  # IoU 99 / 143 with both
+    evaluator.update("a", Detections([[2, 0, 12, 10]], [1]))  # IoU 99 / 143 with both
     assert evaluator.compute().ap["all"] == ap
 
 
@@ -280,7 +282,7 @@ def test_scores_are_normalised_over_the_whole_set():
         evaluator, draw = WiderFaceAP(boxes), np.random.default_rng(1)
         for image, faces in boxes.items():
             scores = draw.integers(0, 1 << 20, 5) / (1 << 20)
-            evaluator.update(image, faces + draw.integers(-9, 9, (5, 1)), scores * scale + offset)
+            evaluator.update(image, Detections(faces + draw.integers(-9, 9, (5, 1)), scores * scale + offset))
         results.append(evaluator.compute())
     np.testing.assert_equal(results[0].curves, results[1].curves)
     assert 0 < results[0].ap["all"] < 1
@@ -292,7 +294,7 @@ def test_tensors_arrays_and_lists_are_the_same_and_copied():
     for convert in (list, np.array, torch.tensor, lambda v: torch.tensor(v).double().repeat_interleave(2, dim=0)[::2]):
         evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]]})
         given = convert(boxes), convert(scores)
-        evaluator.update("a", *given)
+        evaluator.update("a", Detections(*given))
         if not isinstance(given[1], list):
             given[1][:] = 7
         results.append(evaluator.compute())
@@ -302,9 +304,9 @@ def test_tensors_arrays_and_lists_are_the_same_and_copied():
 
 def test_compute_can_be_called_in_between():
     evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]], "b": [[0, 0, 9, 9]]})
-    evaluator.update("a", [[0, 0, 9, 9]], [1])
+    evaluator.update("a", Detections([[0, 0, 9, 9]], [1]))
     assert evaluator.compute().ap["all"] == 0.5
-    evaluator.update("b", [[0, 0, 9, 9]], [1])
+    evaluator.update("b", Detections([[0, 0, 9, 9]], [1]))
     assert evaluator.compute().ap["all"] == 1
 
 
@@ -316,10 +318,10 @@ def test_crowds_are_matched_in_blocks():
     detections[:, 2:] = np.maximum(detections[:, 2:], detections[:, :2])
     scores = rng.random(4500)
     whole = WiderFaceAP({"a": faces})
-    whole.update("a", detections, scores)
+    whole.update("a", Detections(detections, scores))
     single = WiderFaceAP({"a": faces[::-1]})  # other blocks and another order
     order = rng.permutation(4500)
-    single.update("a", detections[order], scores[order])
+    single.update("a", Detections(detections[order], scores[order]))
     assert whole.compute().ap["all"] == pytest.approx(single.compute().ap["all"], abs=2e-3)  # ties go to the first face
     assert whole.compute().ap["all"] > 0.3
 
@@ -330,40 +332,40 @@ BOX = [[0.0, 0.0, 9.0, 9.0]]
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("nobody", BOX, [1]), "image 'nobody', which is not in the ground truth"),
-        (("done", BOX, [1]), "second predictions for image 'done'"),
-        (("a", [[0, 0, 9]], [1]), r"image 'a': boxes must have shape \(k, 4\), got \(1, 3\)"),
-        (("a", [[0, 0, math.nan, 9]], [1]), r"image 'a': boxes\[0\] must be finite"),
-        (("a", [[0, 0, 1e12, 9]], [1]), r"boxes\[0\] must be finite and below 1e\+09"),
+        (("nobody", BOX, [1]), "expected an image of the ground truth, got 'nobody'"),
+        (("done", BOX, [1]), "expected one update per image, got a second one for 'done'"),
+        (("a", [[0, 0, 9]], [1]), r"image 'a': boxes: expected shape \(k, 4\), got \(1, 3\)"),
+        (("a", [[0, 0, math.nan, 9]], [1]), r"image 'a': boxes\[0\]: expected numbers finite"),
+        (("a", [[0, 0, 1e12, 9]], [1]), r"boxes\[0\]: expected numbers finite and below 1e\+09"),
         (
             ("a", BOX + [[9, 0, 3, 9]], [1, 1]),
-            r"boxes\[1\] must have x1 <= x2 and y1 <= y2, got \[9.0, 0.0, 3.0, 9.0\]",
+            r"boxes\[1\]: expected x1 <= x2 and y1 <= y2, got \[9.0, 0.0, 3.0, 9.0\]",
         ),
-        (("a", BOX, [math.nan]), r"image 'a': scores must be finite, got nan at \[0\]"),
-        (("a", BOX, [math.inf]), "scores must be finite, got inf"),
-        (("a", BOX, [1, 2]), r"scores must have shape \(1,\), one per box, got \(2,\)"),
-        (("a", BOX, [1], [16]), "anchor_scales must be given with all images or with none"),
+        (("a", BOX, [math.nan]), r"image 'a': scores: expected finite numbers, got nan at \[0\]"),
+        (("a", BOX, [math.inf]), "scores: expected finite numbers, got inf"),
+        (("a", BOX, [1, 2]), r"scores: expected shape \(1,\), one per box, got \(2,\)"),
+        (("a", BOX, [1], [16]), "anchor_scales: expected them with all images or with none, got some"),
     ],
 )
 def test_refused_updates_change_nothing(arguments, message):
     evaluator = WiderFaceAP({"a": BOX, "done": BOX})
-    evaluator.update("done", BOX, [0.5])
+    evaluator.update("done", Detections(BOX, [0.5]))
     before = evaluator.compute()
     with pytest.raises(ValueError, match=message):
-        evaluator.update(*arguments)
+        evaluator.update(arguments[0], Detections(*arguments[1:3], anchor_scales=(*arguments[3:], None)[0]))
     np.testing.assert_equal(evaluator.compute().curves, before.curves)
-    evaluator.update("a", BOX, [1])
+    evaluator.update("a", Detections(BOX, [1]))
     assert evaluator.compute().ap["all"] == 1
 
 
 def test_refused_anchor_scales():
     evaluator = WiderFaceAP({"a": BOX, "b": BOX})
-    with pytest.raises(ValueError, match=r"image 'a': anchor_scales must be among \[16.0, .*\], got 24.0"):
-        evaluator.update("a", BOX, [1], [24])
-    evaluator.update("a", BOX, [1], [16])
+    with pytest.raises(ValueError, match=r"image 'a': anchor_scales: expected one of \[16.0, .*\], got 24.0"):
+        evaluator.update("a", Detections(BOX, [1], anchor_scales=[24]))
+    evaluator.update("a", Detections(BOX, [1], anchor_scales=[16]))
     with pytest.raises(ValueError, match="with all images or with none"):
-        evaluator.update("b", BOX, [1])
-    evaluator.update("b", [], [])
+        evaluator.update("b", Detections(BOX, [1]))
+    evaluator.update("b", Detections([], []))
     ap = evaluator.compute().ap
     assert ap["all"] == ap["@16"] == 0.5 and all(math.isnan(ap[name]) for name in ("@32", "@64", "@128"))
 
@@ -371,17 +373,17 @@ def test_refused_anchor_scales():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"iou_thresh": 0}, "iou_thresh must be in"),
-        ({"iou_thresh": math.nan}, "iou_thresh must be in"),
-        ({"num_thresholds": 0}, "num_thresholds must be at least 1, got 0"),
-        ({"scales": [32, 16]}, "scales must be positive and ascending"),
-        ({"scales": []}, "scales must be positive and ascending, at least one"),
-        ({"scales": [0, 16]}, "scales must be positive"),
-        ({"ignore": {"b": [True]}}, "ignore: image 'b' is not in boxes"),
-        ({"ignore": {"a": [True, True]}}, r"ignore: image 'a' must have 1 flags, one per box, got shape \(2,\)"),
-        ({"subsets": {"easy": {}}}, "subset 'easy': image 'a' is missing"),
-        ({"subsets": {"all": {"a": [True]}}}, "the name 'all' is taken"),
-        ({"subsets": {"@16": {"a": [True]}}}, "the name '@16' is taken"),
+        ({"iou_thresh": 0}, "iou_thresh: expected a number in"),
+        ({"iou_thresh": math.nan}, "iou_thresh: expected a number in"),
+        ({"num_thresholds": 0}, "num_thresholds: expected at least 1, got 0"),
+        ({"scales": [32, 16]}, "scales: expected at least one, positive and ascending"),
+        ({"scales": []}, "scales: expected at least one, positive and ascending, got"),
+        ({"scales": [0, 16]}, "scales: expected at least one, positive"),
+        ({"ignore": {"b": [True]}}, "ignore: expected images of boxes, got 'b'"),
+        ({"ignore": {"a": [True, True]}}, r"ignore: image 'a': expected 1 flags, one per box, got shape \(2,\)"),
+        ({"subsets": {"easy": {}}}, "subset 'easy': expected flags for every image, got none for 'a'"),
+        ({"subsets": {"all": {"a": [True]}}}, "expected names other than .*, got 'all'"),
+        ({"subsets": {"@16": {"a": [True]}}}, "expected names other than .*, got '@16'"),
     ],
 )
 def test_refused_options(options, message):
@@ -390,29 +392,29 @@ def test_refused_options(options, message):
 
 
 def test_refused_ground_truth():
-    with pytest.raises(ValueError, match=r"ground truth of image 'a': boxes\[0\] must be finite"):
+    with pytest.raises(ValueError, match=r"ground truth of image 'a': boxes\[0\]: expected numbers finite"):
         WiderFaceAP({"a": [[0, 0, math.inf, 9]]})
 
 
 def test_scores_that_span_more_than_a_double():
     evaluator = WiderFaceAP({"a": BOX})
-    evaluator.update("a", BOX * 2, [1.7e308, -1.7e308])
-    with pytest.raises(ValueError, match="span more than a double holds"):
+    evaluator.update("a", Detections(BOX * 2, [1.7e308, -1.7e308]))
+    with pytest.raises(ValueError, match="expected a range that a double holds"):
         evaluator.compute()
 
 
 def test_records():
     record = types.SimpleNamespace(image_id="a", boxes=torch.tensor(BOX * 2), ignore=torch.tensor([False, True]))
     evaluator = WiderFaceAP.from_records([record], scales=(8, 16))
-    evaluator.update("a", BOX, [1], [8])
+    evaluator.update("a", Detections(BOX, [1], anchor_scales=[8]))
     assert evaluator.compute().num_faces == {"all": 1, "@8": 1, "@16": 0}
-    with pytest.raises(ValueError, match="two records have the image_id 'a'"):
+    with pytest.raises(ValueError, match="expected each image once, got 'a' again"):
         WiderFaceAP.from_records([record, record])
 
 
 def example_result():
     evaluator = WiderFaceAP({"a": [[0, 0, 20, 20], [50, 0, 70, 20]]}, subsets={"easy": {"a": [False, False]}})
-    evaluator.update("a", [[0, 0, 20, 20], [80, 0, 100, 20]], [0.9, 0.1], [16, 128])
+    evaluator.update("a", Detections([[0, 0, 20, 20], [80, 0, 100, 20]], [0.9, 0.1], anchor_scales=[16, 128]))
     return evaluator.compute()
 
 
@@ -430,7 +432,7 @@ def test_table():
 
 def test_json(tmp_path):
     path = tmp_path / "new" / "result.json"
-    example_result().to_json(path)
+    write_json(path, example_result().to_dict())
     content = json.loads(path.read_text())
     assert content["ap"] == {"easy": None, "all": 0.5, "@16": 0.5, "@32": None, "@64": None, "@128": None}
     assert content["iou_thresh"] == 0.5 and content["counts"]["detections"] == 2
@@ -446,7 +448,7 @@ def test_json_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space"):
-        example_result().to_json(path)
+        write_json(path, example_result().to_dict())
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -470,9 +472,9 @@ def assert_published_ap(shared_data, name):
     shuffled = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
     rng = np.random.default_rng(0)
     for image, (boxes, scores, *_) in read_predictions(shared_data / f"wider/predictions/{name}.tar.xz"):
-        evaluator.update(image, boxes, scores)
+        evaluator.update(image, Detections(boxes, scores))
         order = rng.permutation(len(scores))
-        shuffled.update(image, boxes[order], scores[order])
+        shuffled.update(image, Detections(boxes[order], scores[order]))
     result, expected = evaluator.compute(), published_sets(shared_data)[name]
     assert result.counts["detections"] == expected["detections"]
     assert result.num_faces == {"easy": 7211, "medium": 13319, "hard": 31958, "all": 39112}
@@ -503,8 +505,8 @@ def test_the_text_annotation_gives_the_same_as_the_official_files(shared_data):
     path = shared_data / "wider/predictions/2aliveDeepfake+face_5landmark.tar.xz"
     for image, (boxes, scores, *_) in read_predictions(path):
         scale = 16 << len(image) % 4
-        from_text.update(image, boxes, scores, [scale] * len(boxes))
-        official.update(image, boxes, scores, [scale] * len(boxes))
+        from_text.update(image, Detections(boxes, scores, anchor_scales=[scale] * len(boxes)))
+        official.update(image, Detections(boxes, scores, anchor_scales=[scale] * len(boxes)))
     expected, result = official.compute(), from_text.compute()
     assert result.counts["images_without_faces"] == 4 and result.counts["detections_without_faces"] > 0
     for name in result.ap:

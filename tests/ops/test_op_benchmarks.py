@@ -48,5 +48,6 @@ def test_bench_iteration(repository, tmp_path):
     assert (record["engine"], record["iterations"], record["images"]) == ("torchvision", 2, 4)
     assert 0 < record["assign_ms"] < record["iteration_ms"]
     assert 0 < record["share"] < 1
+    assert 0 < sum(record["stages_ms"].values()) < record["iteration_ms"]
     assert record["peers_ms"]["torchvision"] > 0
     assert "| demo | torchvision | 4 | " in out

@@ -2,7 +2,7 @@
 """How much of a training iteration assigning and sampling anchors takes.
 
     python bench_iteration.py [--device cpu|cuda] [--engines torchvision detectron2] [--cases demo paper]
-                              [--iterations 20] [--threads N] [--json FILE]
+                              [--iterations 20] [--precision fp32|bf16] [--threads N] [--json FILE]
 
 Runs the real training (what train_net.py runs) on each engine for a few iterations, without checkpoints read and
 without evaluation:
@@ -14,8 +14,6 @@ An iteration lasts from one call of the sampler to the next, so that it includes
 update. Beside the share of assign_and_sample stands what Detectron2's and torchvision's matcher and sampler take for
 the same anchors and faces, where they are installed. Prints a table in Markdown and writes JSON.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -41,6 +39,7 @@ from bench_matcher import (
     version_of,
 )
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from group_sampling.env import ENGINES
 from group_sampling.files import write_atomically
@@ -86,12 +85,14 @@ def write_crowd(folder: Path) -> None:
 
 
 class Observer:
-    """Takes the place of ``AnchorSampler.__call__``: notes when it is called, for how long, and with what."""
+    """Notes when ``AnchorSampler.__call__`` is called, for how long and with what, and how long backward passes and
+    optimizer steps last."""
 
     def __init__(self, device: str):
         self.device = device
         self.starts: list[float] = []
         self.seconds: list[float] = []
+        self.stages: dict[str, list[float]] = {"backward": [], "update": []}  # seconds, one per iteration
         self.batch: tuple = ()
         self._call = AnchorSampler.__call__
 
@@ -107,6 +108,30 @@ class Observer:
 
     def install(self) -> None:
         AnchorSampler.__call__ = lambda *args, **kwargs: self(*args, **kwargs)
+        torch.Tensor.backward = self.timed("backward", torch.Tensor.backward)
+        started = []
+
+        def begin(*_):
+            synchronize(self.device)
+            started.append(time.perf_counter())
+
+        def end(*_):
+            synchronize(self.device)
+            self.stages["update"].append(time.perf_counter() - started.pop())
+
+        register_optimizer_step_pre_hook(begin)
+        register_optimizer_step_post_hook(end)
+
+    def timed(self, stage, function):
+        def call(*args, **kwargs):
+            synchronize(self.device)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize(self.device)
+            self.stages[stage].append(time.perf_counter() - start)
+            return result
+
+        return call
 
 
 def work(options: dict) -> dict:
@@ -132,21 +157,25 @@ def work(options: dict) -> dict:
             "SEED": 0,
             "OUTPUT_DIR": os.path.join(folder, "output"),
         }
-        train(
-            argparse.Namespace(
-                config_file=str(CONFIGS / case["config"]),
-                opts=[part for key, value in opts.items() for part in (key, str(value))],
-                resume=False,
-                eval_only=False,
-                num_gpus=1,
-                num_machines=1,
-                machine_rank=0,
-                dist_url="auto",
+        device_type = torch.device(options["device"]).type
+        # Autocast belongs to the thread, so it covers the forward passes of either engine's loop.
+        with torch.autocast(device_type, torch.bfloat16, enabled=options["precision"] == "bf16"):
+            train(
+                argparse.Namespace(
+                    config_file=str(CONFIGS / case["config"]),
+                    opts=[part for key, value in opts.items() for part in (key, str(value))],
+                    resume=False,
+                    eval_only=False,
+                    num_gpus=1,
+                    num_machines=1,
+                    machine_rank=0,
+                    dist_url="auto",
+                )
             )
-        )
     grid, gt_boxes = observer.batch
     iterations = [b - a for a, b in zip(observer.starts[WARM_UP:], observer.starts[WARM_UP + 1 :])]
     assign = observer.seconds[WARM_UP:-1]
+    stages = {name: 1e3 * statistics.median(seconds[WARM_UP:]) for name, seconds in observer.stages.items()}
     peers = {}
     for name, step in (("detectron2", detectron2_step), ("torchvision", torchvision_step)):
         if version_of(name):
@@ -159,8 +188,10 @@ def work(options: dict) -> dict:
         "anchors": grid.num_anchors,
         "faces": statistics.mean(len(boxes) for boxes in gt_boxes),
         "iterations": len(iterations),
+        "precision": options["precision"],
         "iteration_ms": 1e3 * statistics.median(iterations),
         "assign_ms": 1e3 * statistics.median(assign),
+        "stages_ms": stages,
         "share": statistics.median(a / b for a, b in zip(assign, iterations)),
         "peers_ms": peers,
     }
@@ -196,9 +227,9 @@ def run_worker(options: dict) -> dict:
 
 def table(report: dict) -> str:
     lines = [
-        "| case | engine | images | anchors | faces | iteration | assign_and_sample | share |"
+        "| case | engine | images | anchors | faces | iteration | assign_and_sample | share | backward | update |"
         " Detectron2's matcher + sampler | torchvision's |",
-        "|---" * 10 + "|",
+        "|---" * 12 + "|",
     ]
     for record in report["records"]:
         peers = [
@@ -208,13 +239,15 @@ def table(report: dict) -> str:
         lines.append(
             f"| {record['case']} | {record['engine']} | {record['images']} | {record['anchors']:,} | "
             f"{record['faces']:,.0f} | {record['iteration_ms']:,.1f} ms | {record['assign_ms']:.3f} ms | "
-            f"{100 * record['share']:.3f} % | {' | '.join(peers)} |"
+            f"{100 * record['share']:.3f} % | {record['stages_ms']['backward']:,.1f} ms | "
+            f"{record['stages_ms']['update']:,.1f} ms | {' | '.join(peers)} |"
         )
     lines += [
         "",
         *(f"- {name}: {CASES[name]['config']}, {CASES[name]['input']}" for name in report["options"]["cases"]),
     ]
     lines += [f"- skipped: {name}: {reason}" for name, reason in report["skipped"].items()]
+    lines.append("- the rest of an iteration is the forward pass and what is left of waiting for data")
     lines.append(f"- the peers draw {SAMPLES * len(SCALES)} anchors of an image, their default")
     return "\n".join(lines)
 
@@ -225,6 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--iterations", type=int, default=None, help="default: 20 of the demo, 3 of the paper on a CPU")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
     parser.add_argument("--json", type=Path, default=None, help="default: output/bench/bench_iteration_DEVICE.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -245,7 +279,8 @@ def main() -> None:
         iterations = arguments.iterations or (3 if (arguments.device, case) == ("cpu", "paper") else 20)
         for engine in engines:
             options = {"device": arguments.device, "threads": arguments.threads, "iterations": iterations}
-            records.append(run_worker({**options, "engine": engine, "case": case}))
+            options |= {"engine": engine, "case": case, "precision": arguments.precision}
+            records.append(run_worker(options))
     report = {
         **surroundings(arguments.device, arguments.threads),
         "options": {"device": arguments.device, "cases": arguments.cases, "engines": engines},

@@ -10,7 +10,6 @@ second one streams generated detections and reports the peak memory of the proce
 """
 
 import argparse
-import json
 import platform
 import re
 import resource
@@ -23,7 +22,7 @@ import numpy as np
 from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.evaluation.wider_face.ground_truth import OfficialGroundTruth, read_official_ground_truth
-from group_sampling.files import write_atomically
+from group_sampling.files import write_json
 
 NUM_THRESHOLDS = 1000
 
@@ -92,7 +91,7 @@ def compare(ground_truth: Path, predictions_path: Path, repeats: int) -> dict:
         evaluator = WiderFaceAP(truth.boxes, ignore=truth.invalid, subsets=truth.subsets)
         begin = time.perf_counter()
         for image_id, found in predictions.items():
-            evaluator.update(image_id, found.boxes, found.scores)
+            evaluator.update(image_id, found)
         result = evaluator.compute()
         seconds.append(time.perf_counter() - begin)
 
@@ -129,8 +128,9 @@ def stream(ground_truth: Path, num_detections: int) -> dict:
                 -3, 4, (len(boxes[::2]), 4)
             )
             boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2])
+        found = Detections(boxes, rng.random(size), anchor_scales=rng.choice([16, 32, 64, 128], size))
         begin = time.perf_counter()
-        evaluator.update(image_id, boxes, rng.random(size), rng.choice([16, 32, 64, 128], size))
+        evaluator.update(image_id, found)
         seconds += time.perf_counter() - begin
     begin = time.perf_counter()
     result = evaluator.compute()
@@ -163,7 +163,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:24s} {value:.4g}" if isinstance(value, float) else f"{name:24s} {value}")
     if args.json:
-        write_atomically(args.json, (json.dumps(figures, indent=2) + "\n").encode())
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

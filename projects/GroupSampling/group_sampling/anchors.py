@@ -1,30 +1,28 @@
 """Anchor grids: where the anchors of each scale group sit, in the form that the operators need.
 
 The anchors of a detector are a few base boxes, each translated over the cells of a feature map. :class:`AnchorGrid`
-keeps that description instead of the boxes, so that :func:`group_sampling.ops.assign_and_sample` can visit the small
-window of anchors that a face overlaps. The boxes themselves come from :meth:`AnchorGrid.boxes`.
+keeps that description instead of the boxes: :func:`group_sampling.ops.assign_and_sample` visits the small window of
+anchors that a face overlaps, and :meth:`AnchorGrid.boxes_at` computes the boxes of the few anchors that a step needs.
 
 Shape shorthand: n anchors, G scale groups, A base boxes of one feature level. Boxes are XYXY in input pixels.
 """
 
-from __future__ import annotations
-
 import math
-import threading
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["AnchorGrid", "AnchorLattice", "cell_anchors"]
+__all__ = ["AnchorGrid", "AnchorLattice", "AnchorPlace", "cell_anchors", "lookup"]
 
 MAX_CELLS = 2**31 - 1  # of one group: the sampler's permutation works on 32-bit positions
 MIN_SIDE = 2**-10  # of a base box: smaller ones leave the range in which float32 areas are precise
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """Base boxes of one feature level, centred at the origin, in Detectron2's convention.
+    """Base boxes of one feature level, centered at the origin, in Detectron2's convention.
 
     Args:
         sizes: square roots of the anchor areas, in pixels.
@@ -65,6 +63,14 @@ class AnchorLattice:
         return self.height * self.width
 
 
+class AnchorPlace(NamedTuple):
+    """Where anchors sit; int64 tensors of one shape."""
+
+    lattice: Tensor  # index into AnchorGrid.lattices
+    row: Tensor  # of the lattice's feature map, in cells
+    column: Tensor
+
+
 @dataclass(frozen=True)
 class AnchorGrid:
     """The anchors of one image size: lattices, level by level, each owned by a scale group.
@@ -102,15 +108,15 @@ class AnchorGrid:
                 found = (lattice.height, lattice.width, lattice.step, lattice.start)
                 if found != expected or len(level) != step:
                     raise ValueError(
-                        f"AnchorGrid: lattice {index + k} breaks the layout of its level: (height, width, step, start) "
-                        f"must be {expected} and the level must have {step} lattices, got {found} and {len(level)}"
+                        f"AnchorGrid: lattice {index + k}: expected (height, width, step, start) {expected} in a level "
+                        f"of {step} lattices, got {found} in one of {len(level)}"
                     )
                 cells_of_group[lattice.group] += lattice.num_cells
             level_sizes.append(step * first.num_cells)
             level_start += level_sizes[-1]
             index += step
         if cells_of_group and max(cells_of_group) > MAX_CELLS:
-            raise ValueError(f"AnchorGrid: a group may hold {MAX_CELLS} anchors, got {max(cells_of_group)}")
+            raise ValueError(f"AnchorGrid: expected at most {MAX_CELLS} anchors in a group, got {max(cells_of_group)}")
         ints = [(x.stride, x.height, x.width, x.start, x.step, x.group) for x in self.lattices]
         floats = [(*x.base, x.offset) for x in self.lattices]
         # object.__setattr__ is how a frozen dataclass sets what it derives.
@@ -128,14 +134,14 @@ class AnchorGrid:
         *,
         offset: float = 0.0,
         scales: Sequence[Sequence[float]] | None = None,
-    ) -> AnchorGrid:
+    ) -> "AnchorGrid":
         """Grid of the anchors that Detectron2's and torchvision's anchor generators make.
 
         Args:
             cell_anchors: per feature level, its (A, 4) base boxes. A tensor on a GPU is read back, which waits for it.
             strides: per feature level, input pixels from one cell to the next.
             feature_sizes: per feature level, (height, width) in cells.
-            offset: position of the first anchor's centre in units of the stride, in [0, 1).
+            offset: position of the first anchor's center in units of the stride, in [0, 1).
             scales: per feature level, the scale in pixels of each base box; anchors of the same scale form a group.
                 None: the square root of each base box's area, rounded to 1e-3.
 
@@ -147,7 +153,7 @@ class AnchorGrid:
             counts.add(len(scales))
         if len(counts) != 1:
             raise ValueError(
-                "AnchorGrid: cell_anchors, strides, feature_sizes and scales must have one entry per feature level, "
+                "AnchorGrid: expected one entry per feature level in cell_anchors, strides, feature_sizes and scales, "
                 f"got {len(cell_anchors)}, {len(strides)}, {len(feature_sizes)} and "
                 f"{'None' if scales is None else len(scales)}"
             )
@@ -156,7 +162,10 @@ class AnchorGrid:
             scales = [[round(math.sqrt((b[2] - b[0]) * (b[3] - b[1])), 3) for b in level] for level in bases]
         for level, (base, scale) in enumerate(zip(bases, scales)):
             if len(base) != len(scale):
-                raise ValueError(f"AnchorGrid: level {level} has {len(base)} base boxes but {len(scale)} scales")
+                raise ValueError(
+                    f"AnchorGrid: expected one scale for each of the {len(base)} base boxes of level {level}, "
+                    f"got {len(scale)}"
+                )
         group_scales = sorted({float(s) for level in scales for s in level})
         group_of = {scale: group for group, scale in enumerate(group_scales)}
 
@@ -183,43 +192,59 @@ class AnchorGrid:
     def num_groups(self) -> int:
         return len(self.scales)
 
-    def boxes(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(n, 4) anchors in flat order: levels one after another, in a level by row, column, base box.
+    def locate(self, index: Tensor) -> AnchorPlace:
+        """Lattice and cell of the anchors at flat indices ``index``: int64 in [0, n), of any shape, on any device.
 
-        float32 boxes are bit-equal to those of Detectron2's and torchvision's anchor generators. No call waits for a
-        GPU. The boxes of the last few grids are kept and handed out again: do not change them in place.
+        No call waits for a GPU: values outside [0, n) are not refused, and give a place that does not exist.
+        """
+        firsts = [i for i in self._first_lattices() if self.lattices[i].num_cells]
+        levels = [self.lattices[i] for i in firsts]
+        level = torch.zeros_like(index)
+        for first in levels[1:]:
+            level = level + (index >= first.start)
+        step = lookup([first.step for first in levels], level)
+        width = lookup([first.width for first in levels], level)
+        offset = index - lookup([first.start for first in levels], level)
+        cell = offset // step
+        return AnchorPlace(lookup(firsts, level) + offset % step, cell // width, cell % width)
+
+    def boxes_at(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(..., 4) boxes of the anchors at flat indices ``index`` (...): ``boxes(dtype=dtype)[index]``, bit for bit.
+
+        No call waits for a GPU.
 
         Raises:
             TypeError: ``dtype`` is neither float32 nor float64.
         """
         if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"AnchorGrid.boxes: dtype must be float32 or float64, got {dtype}")
-        return _recent_boxes.get((self, dtype), device, lambda place: self._make_boxes(place, dtype))
+            raise TypeError(f"AnchorGrid: expected float32 or float64 boxes, got {dtype}")
+        place = self.locate(index)
+        stride = lookup([lattice.stride for lattice in self.lattices], place.lattice)
+        origin = lookup([lattice.offset * lattice.stride for lattice in self.lattices], place.lattice, torch.float64)
+        # The shift is rounded to the dtype before it is added: that is how both frameworks compute it.
+        x, y = ((origin + (stride * cell).double()).to(dtype) for cell in (place.column, place.row))
+        base = [lookup([lattice.base[k] for lattice in self.lattices], place.lattice, dtype) for k in range(4)]
+        return torch.stack([x + base[0], y + base[1], x + base[2], y + base[3]], dim=-1)
+
+    def group_ids_at(self, index: Tensor) -> Tensor:
+        """(...) int64 scale group, in [0, G), of the anchors at flat indices ``index`` (...)."""
+        return lookup([lattice.group for lattice in self.lattices], self.locate(index).lattice)
+
+    def scales_at(self, index: Tensor) -> Tensor:
+        """(...) float32 scale in pixels of the anchors at flat indices ``index`` (...)."""
+        return lookup(self.scales, self.group_ids_at(index), torch.float32)
+
+    def boxes(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(n, 4) anchors in flat order: levels one after another, in a level by row, column, base box.
+
+        float32 boxes are bit-equal to those of Detectron2's and torchvision's anchor generators. For tests and
+        analysis; a training step takes what it needs from :meth:`boxes_at`.
+        """
+        return self.boxes_at(torch.arange(self.num_anchors, device=device), dtype)
 
     def group_ids(self, device: torch.device | str | None = None) -> Tensor:
-        """(n,) int64 scale group of each anchor, in [0, G). Kept and handed out again like :meth:`boxes`."""
-        return _recent_group_ids.get(self, device, self._make_group_ids)
-
-    def _make_boxes(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        levels = [torch.empty(0, 4, device=device, dtype=dtype)]
-        for level in self._levels():
-            first = level[0]
-            # The shift is rounded to the dtype before it is added: that is how both frameworks compute it.
-            cells = torch.arange(max(first.width, first.height), device=device, dtype=torch.float64)
-            shift = (first.offset * first.stride + first.stride * cells).to(dtype)
-            shifts = torch.empty(first.height, first.width, 1, 4, device=device, dtype=dtype)
-            shifts[..., 0] = shifts[..., 2] = shift[: first.width].view(1, -1, 1)
-            shifts[..., 1] = shifts[..., 3] = shift[: first.height].view(-1, 1, 1)
-            base = _on_device([v for lattice in level for v in lattice.base], device, dtype).view(-1, 4)
-            levels.append((shifts + base).reshape(-1, 4))
-        return torch.cat(levels)
-
-    def _make_group_ids(self, device: torch.device) -> Tensor:
-        levels = [torch.empty(0, device=device, dtype=torch.int64)]
-        for level in self._levels():
-            groups = _on_device([lattice.group for lattice in level], device, torch.int64)
-            levels.append(groups.repeat(level[0].num_cells))
-        return torch.cat(levels)
+        """(n,) int64 scale group of each anchor, in [0, G)."""
+        return self.group_ids_at(torch.arange(self.num_anchors, device=device))
 
     def group_members(self, group: int, device: torch.device | str | None = None) -> Tensor:
         """(size of the group,) int64 flat indices of a group's anchors in member order: lattice by lattice, by cell."""
@@ -229,81 +254,56 @@ class AnchorGrid:
                 parts.append(lattice.start + lattice.step * torch.arange(lattice.num_cells, device=device))
         return torch.cat(parts)
 
-    def merged(self) -> AnchorGrid:
+    def merged(self) -> "AnchorGrid":
         """The same anchors as one group: uniform sampling over all anchors, as RPN and FPN do."""
         if not self.lattices:
             return self
-        return AnchorGrid(tuple(AnchorLattice(**{**vars(x), "group": 0}) for x in self.lattices), (0.0,))
+        return AnchorGrid(tuple(replace(x, group=0) for x in self.lattices), (0.0,))
 
-    def _levels(self) -> list[tuple[AnchorLattice, ...]]:
-        levels, index = [], 0
+    def _first_lattices(self) -> list[int]:
+        """Index of the first lattice of each level."""
+        firsts, index = [], 0
         while index < len(self.lattices):
-            step = self.lattices[index].step
-            levels.append(self.lattices[index : index + step])
-            index += step
-        return levels
+            firsts.append(index)
+            index += self.lattices[index].step
+        return firsts
 
 
 def _base_boxes(boxes: Tensor, level: int) -> list[tuple[float, float, float, float]]:
     if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.shape[0] == 0:
-        raise ValueError(f"AnchorGrid: cell_anchors[{level}] must have shape (A, 4), A > 0, got {tuple(boxes.shape)}")
+        raise ValueError(f"AnchorGrid: expected cell_anchors[{level}] of shape (A, 4), A > 0, got {tuple(boxes.shape)}")
     return [tuple(row) for row in boxes.tolist()]
 
 
-def _on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``torch.tensor(values)`` without its copy from the host, for which a GPU's stream would be waited."""
-    return torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
+def lookup(values: Sequence[float], ids: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """(...) ``torch.tensor(values)[ids]`` without a copy from the host, which would synchronize the stream of a GPU.
 
-
-class _RecentTensors:
-    """The last few tensors that were made, by key, device and stream."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self._tensors: dict[Hashable, Tensor] = {}  # least recently used first
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, device: torch.device | str | None, make: Callable[[torch.device], Tensor]) -> Tensor:
-        probe = torch.empty(0, device=device)  # "cuda" has become "cuda:0", None the default device
-        # What a compiler traces, a tracing mode fakes or a CUDA graph records holds no numbers yet.
-        if torch.compiler.is_compiling() or type(probe) is not Tensor:
-            return make(probe.device)
-        stream = None
-        if probe.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return make(probe.device)
-            stream = torch.cuda.current_stream(probe.device)  # another would not wait for the kernels that fill it
-        key = (key, probe.device, stream)
-        with self._lock:
-            tensor = self._tensors.pop(key, None)
-            if tensor is None:
-                with torch.inference_mode(False):  # an inference tensor would fail in a later training step
-                    tensor = make(probe.device)
-            self._tensors[key] = tensor
-            if len(self._tensors) > self.capacity:
-                del self._tensors[next(iter(self._tensors))]
-        return tensor
-
-
-# Image sizes vary while training, so few repeat soon; 2.25 million anchors are 36 MB of boxes.
-_recent_boxes, _recent_group_ids = _RecentTensors(4), _RecentTensors(4)
+    Args:
+        ids: (...) int64 in [0, len(values)).
+    """
+    if len(set(values)) <= 1:
+        return torch.full_like(ids, values[0] if values else 0, dtype=dtype)
+    return torch.stack([torch.full((), value, device=ids.device, dtype=dtype) for value in values])[ids]
 
 
 def _check_lattice(lattice: AnchorLattice, index: int, num_groups: int) -> None:
     x1, y1, x2, y2 = lattice.base
     if not (all(math.isfinite(v) for v in lattice.base) and x2 - x1 >= MIN_SIDE and y2 - y1 >= MIN_SIDE):
         raise ValueError(
-            f"AnchorGrid: base box {index} must be finite with sides of at least {MIN_SIDE} pixels, got {lattice.base}"
+            f"AnchorGrid: base box {index}: expected finite numbers and sides of at least {MIN_SIDE} pixels, "
+            f"got {lattice.base}"
         )
     if lattice.stride < 1 or not 0.0 <= lattice.offset < 1.0:
         raise ValueError(
-            f"AnchorGrid: lattice {index} must have stride >= 1 and offset in [0, 1), "
+            f"AnchorGrid: lattice {index}: expected stride >= 1 and offset in [0, 1), "
             f"got {lattice.stride} and {lattice.offset}"
         )
     if lattice.height < 0 or lattice.width < 0:
-        raise ValueError(f"AnchorGrid: feature size must not be negative, got {(lattice.height, lattice.width)}")
+        raise ValueError(
+            f"AnchorGrid: lattice {index}: expected a feature size >= 0, got {(lattice.height, lattice.width)}"
+        )
     if lattice.step < 1 or not 0 <= lattice.group < num_groups:
         raise ValueError(
-            f"AnchorGrid: lattice {index} must have step >= 1 and group in [0, {num_groups}), "
+            f"AnchorGrid: lattice {index}: expected step >= 1 and group in [0, {num_groups}), "
             f"got {lattice.step} and {lattice.group}"
         )

@@ -74,7 +74,7 @@ class AnchorCriterion(nn.Module):
         index = chosen.indices[..., columns].flatten(1).clamp(min=0)
         matched_gt = chosen.matched_gt[..., columns].flatten(1).clamp(min=0)
         deltas = deltas.unflatten(1, shape[1:])[:, :, columns].flatten(1, 2)
-        anchors = grid.boxes(device=deltas.device)[index]
+        anchors = grid.boxes_at(index)
         # An image without faces still needs a row to index; its loss is masked.
         targets = torch.stack([_rows(boxes, rows, anchors.dtype) for boxes, rows in zip(gt_boxes, matched_gt)])
         # Masked entries regress to their own anchor: finite loss, and no gradient after the mask.

@@ -1,20 +1,22 @@
-"""Writing a file so that a reader sees the old content or the new one, never half of it."""
+"""Files: written so that a reader sees the old content or the new one, and paths that stay in their folder."""
 
+import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` when the block ends without an error.
+    """Open a temporary file that replaces ``path`` when the block ends without an error.
 
-    ``durable`` also outlasts a power failure, at the price of milliseconds for each file.
+    With ``durable`` the content also survives a power failure; that costs milliseconds per file.
 
-    Missing parent folders are made. The temporary file lies beside ``path``, hidden and without its suffix, so that no
-    reader takes what an interruption leaves behind for a result.
+    Missing parent folders are made. The temporary file is hidden and has another suffix, so that no reader mistakes
+    what an interruption leaves behind for a result.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,3 +36,26 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write a whole file through :func:`atomic_file`."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:
+    """Write ``content`` as JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Write a Matplotlib figure, atomically; the suffix of ``path`` gives the format (PNG without one)."""
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:] or "png")
+    write_atomically(path, content.getvalue())
+
+
+def safe_relative_path(path: str) -> PurePosixPath | None:
+    """``path`` if, joined to a folder, it stays below that folder on every system; else None.
+
+    Refused are absolute paths, ".." parts, backslashes and NUL characters. Links are not followed.
+    """
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or os.path.isabs(path) or ".." in relative.parts or "\\" in path or "\0" in path:
+        return None
+    return relative

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .anchors import AnchorGrid, lookup
+
 # Logits (B, K) and deltas (B, K, 4) of the anchors with the given (B, K) indices, or of all n anchors for None.
 Predict = Callable[[Tensor | None], tuple[Tensor, Tensor]]
 
@@ -65,42 +67,52 @@ class SoftmaxRPNHead(nn.Module):
                 deltas.append(outputs[:, :, 1:].flatten(1, 2))
         return logits, deltas
 
-    def predictor(self, features: list[Tensor]) -> Predict:
+    def predictor(self, features: list[Tensor], grid: AnchorGrid) -> Predict:
         """Predictions on demand: a training step that draws a few anchors evaluates the head at their cells alone.
 
         The values and gradients are those of :meth:`forward` up to rounding, for a fraction of its work.
+
+        Args:
+            features: as for :meth:`forward`.
+            grid: the anchors of the features.
+
+        Raises:
+            ValueError: the grid's anchors are not those that the head predicts.
         """
+        sizes = [
+            (-(-feature.shape[-2] // step), -(-feature.shape[-1] // step))
+            for feature in features
+            for first, last, step in self._levels()
+            for _ in range(first, last)
+        ]
+        found = [(lattice.height, lattice.width) for lattice in grid.lattices]
+        if found != sizes:
+            raise ValueError(f"SoftmaxRPNHead: expected a grid of lattices of sizes {sizes}, got {found}")
 
         def predict(index: Tensor | None) -> tuple[Tensor, Tensor]:
             num_cells = sum(feature.shape[-2] * feature.shape[-1] for feature in features)
             if index is None or 2 * index.shape[1] > num_cells:
                 return predict_from(*flatten_predictions(*self(features)))(index)
-            return self._predict_at(features, index)
+            return self._predict_at(features, grid, index)
 
         return predict
 
-    def _predict_at(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict_at(self, features: list[Tensor], grid: AnchorGrid, index: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K) and (B, K, 4) predictions of the anchors ``index`` (B, K), in the order of ``AnchorGrid.boxes``."""
-        # All levels as one table of cells, each with its border of zeros; the rows of the nine cells around an anchor.
-        tables, rows, anchor = [], torch.zeros_like(index), torch.zeros_like(index)
-        row_step = torch.zeros_like(index)
+        # All features as one table of cells, each with its border of zeros.
+        tables = [F.pad(feature, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(0, 2) for feature in features]
+        starts = [sum(len(table) for table in tables[:i]) for i in range(len(tables))]
+        heights, widths = ([feature.shape[dim] + 2 for feature in features] for dim in (-2, -1))
+        steps = [step for first, last, step in self._levels() for _ in range(first, last)]
+
+        place = grid.locate(index)
+        feature, anchor = place.lattice // self.num_anchors, place.lattice % self.num_anchors
+        step, width = lookup(steps, anchor), lookup(widths, feature)
         image = torch.arange(len(index), device=index.device)[:, None]
-        start = table_start = 0
-        for feature in features:
-            height, width = feature.shape[-2:]
-            tables.append(F.pad(feature, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(0, 2))
-            for first, last, step in self._levels():
-                inside = index >= start
-                level_height, level_width = -(-height // step), -(-width // step)
-                cell = (index - start) // (last - first)
-                y, x = step * (cell // level_width), step * (cell % level_width)
-                row = table_start + (image * (height + 2) + y) * (width + 2) + x
-                rows = torch.where(inside, row, rows)
-                row_step = torch.where(inside, width + 2, row_step)
-                anchor = torch.where(inside, first + (index - start) % (last - first), anchor)
-                start += (last - first) * level_height * level_width
-            table_start += len(tables[-1])
-        rows = torch.stack([rows + dy * row_step + dx for dy in range(3) for dx in range(3)], dim=-1)
+        row = image * lookup(heights, feature) + step * place.row
+        # The rows of the nine cells around an anchor.
+        first = lookup(starts, feature) + row * width + step * place.column
+        rows = torch.stack([first + dy * width + dx for dy in range(3) for dx in range(3)], dim=-1)
         # The gradient of an embedding is summed in a fixed order on every device, unlike that of index_select.
         patches = F.embedding(rows, torch.cat(tables) if len(tables) > 1 else tables[0]).flatten(2)
         kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)

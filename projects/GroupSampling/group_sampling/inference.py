@@ -9,6 +9,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
 from .anchors import AnchorGrid
 from .boxes import decode_boxes
+from .head import predict_from
 
 
 class Proposals(NamedTuple):
@@ -45,10 +46,6 @@ def select_proposals(
         nms_thresh: IoU above which the lower-scoring box is removed; 1 or more skips NMS.
         min_size: boxes with a side not longer than this many pixels are removed.
     """
-    anchors = grid.boxes(device=logits.device)
-    group_ids = grid.group_ids(device=logits.device)
-    # Not torch.tensor(): a GPU would wait for the copy.
-    scales = torch.stack([logits.new_full((), scale, dtype=torch.float32) for scale in grid.scales])
     indices, levels, start = [], [], 0
     for level, size in enumerate(grid.level_sizes):
         top = logits[:, start : start + size].topk(min(pre_nms_topk, size), dim=1).indices + start
@@ -57,10 +54,12 @@ def select_proposals(
         start += size
     index, level_ids = torch.cat(indices, dim=1), torch.cat(levels, dim=1)
 
+    logits, deltas = predict_from(logits, deltas)(index)
+    decoded = decode_boxes(deltas.float(), grid.boxes_at(index))
     results = []
-    for rows, level, image_logits, image_deltas, (height, width) in zip(index, level_ids, logits, deltas, image_sizes):
-        scores = image_logits[rows].float()
-        boxes = decode_boxes(image_deltas[rows].float(), anchors[rows])
+    for boxes, scores, scales, level, (height, width) in zip(
+        decoded, logits.float(), grid.scales_at(index), level_ids, image_sizes
+    ):
         finite = boxes.isfinite().all(dim=1) & scores.isfinite()
         boxes = clip_boxes_to_image(boxes, (height, width))
         keep = (finite & ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(dim=1)).nonzero().squeeze(1)
@@ -69,7 +68,7 @@ def select_proposals(
         else:
             keep = keep[scores[keep].argsort(descending=True, stable=True)]
         keep = keep[:post_nms_topk]
-        results.append(Proposals(boxes[keep], scores[keep], scales[group_ids[rows[keep]]]))
+        results.append(Proposals(boxes[keep], scores[keep], scales[keep]))
     return results
 
 

@@ -74,16 +74,16 @@ class ImagePyramid:
     ) -> None:
         numbers = all(isinstance(scale, (int, float)) and 0 < scale < float("inf") for scale in scales)
         if not numbers or not 0 < len(scales) == len(set(scales)):
-            raise ValueError(f"scales: expected distinct positive factors, found {tuple(scales)}")
+            raise ValueError(f"scales: expected distinct positive factors, got {tuple(scales)}")
         if tile_overlap < 0:
-            raise ValueError(f"tile_overlap: expected at least 0 pixels, found {tile_overlap}")
+            raise ValueError(f"tile_overlap: expected at least 0 pixels, got {tile_overlap}")
         if max_side < tile_overlap + _ALIGNMENT:
             raise ValueError(
                 f"max_side: expected at least tile_overlap + {_ALIGNMENT} = {tile_overlap + _ALIGNMENT} pixels, "
-                f"found {max_side}"
+                f"got {max_side}"
             )
         if not 0 <= vote_thresh <= 1:
-            raise ValueError(f"vote_thresh: expected an IoU in [0, 1], found {vote_thresh}")
+            raise ValueError(f"vote_thresh: expected an IoU in [0, 1], got {vote_thresh}")
         self.levels = tuple(ScaledTransform(base, scale) for scale in scales)
         self.flip = flip
         self.max_side = max_side

@@ -11,6 +11,7 @@ from torch import Tensor
 from .config import ConfigError, anchor_scales
 from .ops import match_anchors, sample_groups
 from .samplers import count_by_scale, first_image, named_class, sample_count
+from .scales import scale_borders
 
 # Keeps the draws of proposals independent of the draws of anchors, which start from the same seed.
 _STREAM = 0x2545F4914F6CDD1D
@@ -112,15 +113,11 @@ class ProposalSampler(ABC):
         """
 
     def scale_ids(self, boxes: Tensor) -> Tensor:
-        """(n,) int64 index of the scale nearest to √area of each of the (n, 4) boxes, the smaller one on a tie.
-
-        √area is nearer to s than to t > s, in log scale, where area < s · t. The evaluation groups boxes by the same
-        rule, in numpy: it neither has nor needs torch. A test compares the two.
-        """
+        """(n,) int64 index of the scale nearest to each of the (n, 4) boxes, the smaller one on a tie."""
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        borders = [small * large for small, large in zip(self.scales, self.scales[1:])]
         # As torch.bucketize, for which the borders would have to be copied to a GPU; NaN is past them all.
-        return sum((~(area <= border) for border in borders), torch.zeros_like(area, dtype=torch.int64))
+        is_past = [~(area <= border) for border in scale_borders(self.scales)]
+        return sum(is_past, torch.zeros_like(area, dtype=torch.int64))
 
     @torch.no_grad()
     def __call__(

@@ -333,7 +333,7 @@ def count_by_scale(scale_ids: Tensor, labels: Tensor, num_scales: int) -> Tensor
 def count_anchors(grid: AnchorGrid, chosen: AssignResult) -> Tensor:
     """(2, G) float32 :func:`count_by_scale` of all chosen anchors, whatever groups the sampler chose them in."""
     index = chosen.indices.flatten().clamp(min=0)
-    return count_by_scale(grid.group_ids(device=index.device)[index], chosen.labels.flatten(), grid.num_groups)
+    return count_by_scale(grid.group_ids_at(index), chosen.labels.flatten(), grid.num_groups)
 
 
 def name_counts(stage: str, scales: Sequence[float], num_pos: Sequence[T], num_neg: Sequence[T]) -> dict[str, T]:

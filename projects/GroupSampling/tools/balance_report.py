@@ -35,8 +35,8 @@ from group_sampling.data.records import (
 from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
 from group_sampling.experiments.balance import SampleBalance, sample_balance
-from group_sampling.experiments.report import plot_samples
-from group_sampling.files import write_atomically
+from group_sampling.experiments.plots import plot_samples
+from group_sampling.files import write_json
 
 INVALID = 3  # position of the attribute in "attr": blur, expression, illumination, invalid, occlusion, pose
 LOG_FROM = 50.0  # ratio of the largest count to the smallest from which the plot's axis is logarithmic
@@ -97,7 +97,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
                 if line.strip():
                     yield f"{file}:{number}", line
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{file}: expected lines of text, found: {error}") from error
+        raise AnnotationError(f"{file}: expected lines of text, got: {error}") from error
 
 
 def check_dataset(name: str, cfg: CfgNode) -> None:
@@ -110,7 +110,7 @@ def check_dataset(name: str, cfg: CfgNode) -> None:
 
 
 def table(balances: dict[str, SampleBalance]) -> str:
-    """Text: a line a detector, positives and then negatives of every scale."""
+    """Text: one line per detector, positives and then negatives of every scale."""
     scales = list(dict.fromkeys(scale for balance in balances.values() for scale in balance.per_scale()))
     width = max(len(name) for name in balances) + 2
     head = "".join(f"{'@' + scale:>10}" for scale in scales)
@@ -149,11 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     print(table(balances))
     if args.json:
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(args.json, content)
     if args.plot:
         samples = {name: balance.per_scale() for name, balance in balances.items()}
         counts = [count for scales in samples.values() for pair in scales.values() for count in pair if count > 0]
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_samples(samples, args.plot, log=bool(counts) and max(counts) > LOG_FROM * min(counts))
     print(f"{len(balances)} detectors in {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores")
 
@@ -162,4 +161,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ConfigError, AnnotationError, UnreadableImageError) as error:
-        sys.exit(f"balance_report.py: {error}")  # the user's to mend; a traceback would hide the message
+        sys.exit(f"balance_report.py: {error}")  # a user error; a traceback would hide the message

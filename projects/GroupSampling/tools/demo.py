@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: train FPN-finest and FPN-finest-sampling on the built-in faces, evaluate both and write a report.
+"""The demo: train FPN-finest and FPN-finest-sampling on the built-in faces, evaluate both, and write a report.
 
     python projects/GroupSampling/tools/demo.py
     python projects/GroupSampling/tools/demo.py --seeds 0 1 2    # mean and spread over seeds
@@ -8,7 +8,6 @@ Both runs differ in MODEL.GROUP_SAMPLING.SAMPLER alone. A run that is complete i
 """
 
 import argparse
-import json
 import platform
 import shutil
 import sys
@@ -21,8 +20,9 @@ import yaml
 from group_sampling.data.catalog import Catalog
 from group_sampling.env import ENGINES, resolve_engine
 from group_sampling.experiments.jobs import Job, run_jobs
-from group_sampling.experiments.report import Run, write_report
-from group_sampling.files import write_atomically
+from group_sampling.experiments.report import write_report
+from group_sampling.experiments.runs import Run
+from group_sampling.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "projects/GroupSampling/configs/quick"
@@ -47,7 +47,7 @@ def job(config: str, engine: str, folder: Path, seed: int, opts: list[str], titl
     return Job(title, command, folder)
 
 
-def summarise(runs: dict[str, list[Run]], seeds: list[int], engine: str) -> dict:
+def summarize(runs: dict[str, list[Run]], seeds: list[int], engine: str) -> dict:
     """AP in percent of every detector: each seed, mean and standard deviation (n - 1)."""
     summary = {
         "engine": engine,
@@ -92,11 +92,10 @@ def main() -> None:
         if outcome.error:
             sys.exit(outcome.error)
 
-    summary = summarise(runs, args.seeds, engine)
-    content = json.dumps(summary, indent=2) + "\n"
-    write_atomically(args.output / "summary.json", content.encode())
+    summary = summarize(runs, args.seeds, engine)
+    write_json(args.output / "summary.json", summary)
     if args.json:
-        write_atomically(args.json, content.encode())
+        write_json(args.json, summary)
 
     first = [seeds_of_run[0] for seeds_of_run in runs.values()]
     config = yaml.safe_load((first[0].folder / "config.yaml").read_text())

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from group_sampling.evaluation.fddb.files import read_fddb_predictions
+from group_sampling.data.records import UnreadableImageError
+from group_sampling.evaluation import FDDBResult, FDDBRoc, read_fddb_predictions
 from group_sampling.evaluation.fddb.regressor import EllipseRegressor
-from group_sampling.evaluation.fddb.roc import FDDBResult, FDDBRoc, plot, table, write_json
+from group_sampling.files import write_json
 
 
 def evaluate(
@@ -32,22 +33,21 @@ def evaluate(
     images: Path | None = None,
     ellipses: Sequence[str] = ("none",),
     regressor: Path | None = None,
-) -> dict[str, FDDBResult]:
+) -> FDDBResult:
     """Evaluate a result set, once for each of ``ellipses``.
 
-    Raises ValueError, OSError or ModuleNotFoundError for input that is not as documented.
+    Raises ValueError, OSError, UnreadableImageError or ModuleNotFoundError for input that is not as documented.
     """
     if "s3fd" in ellipses and regressor is None:
-        raise ValueError("--ellipse s3fd needs --regressor, S3FD's Fit.mat")
+        raise ValueError("--ellipse s3fd: expected --regressor, S3FD's Fit.mat, got none")
     s3fd = EllipseRegressor.from_s3fd(regressor) if "s3fd" in ellipses else None
-    evaluator = FDDBRoc.from_folder(annotations, images)
+    metric = FDDBRoc.from_folder(annotations, images)
     for image_id, found in read_fddb_predictions(predictions):
-        evaluator.update(image_id, found.boxes, found.scores)
-    results = {}
-    for ellipse in ellipses:
-        progress = partial(tqdm, desc=ellipse, unit="image", disable=None)
-        results[ellipse] = evaluator.compute(s3fd if ellipse == "s3fd" else ellipse, progress=progress)
-    return results
+        metric.update(image_id, found)
+    return metric.compute(
+        {ellipse: s3fd if ellipse == "s3fd" else ellipse for ellipse in ellipses},
+        progress=partial(tqdm, unit="image", disable=None),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,17 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     try:
-        results = evaluate(args.predictions, args.annotations, args.images, args.ellipse, args.regressor)
-        print(table(results))
-        counts = next(iter(results.values())).counts
+        result = evaluate(args.predictions, args.annotations, args.images, args.ellipse, args.regressor)
+        print(result.table())
         print(
-            "{images} images, {images_without_predictions} of them without predictions; {faces} faces".format(**counts)
+            "{images} images, {images_without_predictions} of them without predictions; {faces} faces".format(
+                **result.counts
+            )
         )
         if args.json:
-            write_json(args.json, results)
+            write_json(args.json, result.to_dict())
         if args.plot:
-            plot(args.plot, results, title=f"FDDB: {args.predictions.name}")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+            result.plot(args.plot, title=f"FDDB: {args.predictions.name}")
+    except (ValueError, OSError, UnreadableImageError, ModuleNotFoundError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
 
 

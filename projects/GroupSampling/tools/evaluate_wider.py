@@ -9,7 +9,6 @@ ground truth is the folder of wider_face_val.mat and wider_{easy,medium,hard}_va
 """
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -20,14 +19,14 @@ from tqdm import tqdm
 
 from group_sampling.evaluation import WiderFaceAP, WiderFaceResult, read_predictions
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
-from group_sampling.files import write_atomically
+from group_sampling.files import write_json
 
 
 def load(predictions: Path, evaluator: WiderFaceAP) -> WiderFaceAP:
     """Feed a result set to the evaluator, file by file. Raises ValueError or OSError for what is not as documented."""
     progress = tqdm(read_predictions(predictions), total=len(evaluator), unit="image", disable=None)
     for image_id, found in progress:
-        evaluator.update(image_id, found.boxes, found.scores)
+        evaluator.update(image_id, found)
     return evaluator
 
 
@@ -73,27 +72,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--compare: expected NAME=PATH with a name that is not taken yet, got {entry!r}")
         detectors[name] = Path(path)
     if not detectors:
-        parser.error("one of --predictions and --compare is needed")
+        parser.error("expected --predictions or --compare, got neither")
     if args.curves and not args.plot:
-        parser.error("--curves needs --plot")
+        parser.error("--curves: expected --plot as well, got none")
 
     logging.basicConfig(format="%(message)s")
     try:
-        published = read_published_curves(args.curves) if args.curves else []  # first: a wrong folder is said at once
+        published = (
+            read_published_curves(args.curves) if args.curves else []
+        )  # first, so that a wrong folder is reported at once
         results, contents = {}, {}
         for name, path in detectors.items():
             evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, by_size=args.per_scale))
             results[name] = result = evaluator.compute()
-            contents[name] = result.as_dict()
+            contents[name] = result.to_dict()
             print((f"{name}\n" if len(detectors) > 1 else "") + result.table())
             print("{images} images, {images_without_predictions} of them without predictions".format(**result.counts))
             if args.per_event:
                 events = evaluator.compute_by(lambda image_id: image_id.split("/")[0])
-                contents[name]["events"] = {event: of_event.as_dict() for event, of_event in events.items()}
+                contents[name]["events"] = {event: of_event.to_dict() for event, of_event in events.items()}
                 print(event_table(events))
         if args.json:
             content = next(iter(contents.values())) if not args.compare else {"detectors": contents}
-            write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
+            write_json(args.json, content)
         if args.plot and (args.compare or args.curves):
             plot_comparison(args.plot, results, published)
         elif args.plot:

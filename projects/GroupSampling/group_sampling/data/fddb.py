@@ -1,6 +1,6 @@
 """FDDB's annotation files (http://vis-www.cs.umass.edu/fddb/): ten folds of images whose faces are ellipses.
 
-Fold XX has two files. ``FDDB-fold-XX.txt`` lists its images, one path a line without extension;
+Fold XX has two files. ``FDDB-fold-XX.txt`` lists its images, one path per line without extension;
 ``FDDB-fold-XX-ellipseList.txt`` has for each of them a block::
 
     2002/08/11/big/img_591
@@ -21,15 +21,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import safe_relative_path
+from .images import read_size
 from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable_boxes
 
 IMAGE_SUFFIX = ".jpg"
 SIZES_FILE = "image_sizes.csv"
-# Beyond any image, and far from where the rasterisation of ellipses overflows.
+# Beyond any image, and far from where the rasterization of ellipses overflows.
 MAX_COORDINATE = 1e6
 MAX_IMAGE_SIDE = 1 << 14
 
-_ELLIPSE_ROW = "semi-major semi-minor angle centre-x centre-y 1"
+_ELLIPSE_ROW = "semi-major semi-minor angle center-x center-y 1"
 _FOLD_FILE = re.compile(r"FDDB-fold-(\d\d)-ellipseList\.txt")
 # About a million rows; FDDB's largest file has 36 kB.
 _MAX_FILE_BYTES = 64 << 20
@@ -43,7 +45,7 @@ class FDDBImage:
         image_id: path below the image folder without extension, as ``2002/08/11/big/img_591``.
         fold: 1 to 10.
         ellipses: (m, 5) float64: semi-major axis, semi-minor axis, angle of the major axis with the x axis in radians
-            (y points down), centre x, centre y; the rest in pixels. m may be 0. They may reach out of the image.
+            (y points down), center x, center y; the rest in pixels. m may be 0. They may reach out of the image.
         size: (height, width) in pixels, or None when unknown.
     """
 
@@ -71,14 +73,15 @@ def read_annotations(folder: str | os.PathLike, image_root: str | os.PathLike | 
             are None.
 
     Raises:
-        FileNotFoundError: no ellipse list in ``folder``, or a fold's list of images or an image is missing.
+        FileNotFoundError: no ellipse list in ``folder``, or a fold's list of images is missing.
+        UnreadableImageError: the header of an image cannot be read.
         ValueError: a file does not follow its format, the lists of a fold name different images, an image comes twice
             or has no size in ``image_sizes.csv``. The message names file and line, what was expected and found.
     """
     folder = Path(folder)
     folds = {int(match[1]): file for file in sorted(folder.glob("*.txt")) if (match := _FOLD_FILE.fullmatch(file.name))}
     if not folds:
-        raise FileNotFoundError(f"{folder}: expected FDDB-fold-01-ellipseList.txt and so on, found none")
+        raise FileNotFoundError(f"{folder}: expected FDDB-fold-01-ellipseList.txt and so on, got none")
     blocks = [(fold, block) for fold, file in folds.items() for block in _read_fold(file)]
     places: dict[str, str] = {}
     for _, block in blocks:
@@ -95,7 +98,8 @@ def read_records(
     """Reads the folds in ``folder`` in ascending order. Opens no image.
 
     ``image_id`` is the path in the lists, as ``2002/08/11/big/img_591``. Where ``image_sizes.csv`` lies beside the
-    folds, sizes are known and boxes clipped to them; else boxes may reach out of their image.
+    folds, sizes are known and boxes clipped to them; else boxes may reach out of their image. ``annotation`` of a
+    record is its :class:`FDDBImage`.
 
     Args:
         image_root: folder that the paths are relative to; it need not exist.
@@ -120,7 +124,7 @@ def read_records(
         height, width = image.size or (None, None)
         classes, ignore = np.zeros(len(boxes), dtype=np.int64), np.zeros(len(boxes), dtype=bool)
         file_name = root.join(image.image_id + IMAGE_SUFFIX, place)
-        records.append(ImageRecord(file_name, image.image_id, height, width, boxes, classes, ignore))
+        records.append(ImageRecord(file_name, image.image_id, height, width, boxes, classes, ignore, image))
         report.num_images += 1
     return records
 
@@ -229,17 +233,12 @@ def _parse_sizes(file: Path) -> dict[str, tuple[int, int]]:
 
 
 def _size_of_image(root: Path, image: str, place: str) -> tuple[int, int]:
-    from PIL import Image, UnidentifiedImageError
-
-    if image.startswith("/") or "\\" in image or "\0" in image or ".." in image.split("/"):
+    relative = safe_relative_path(image)
+    if relative is None:
         raise ValueError(f"{place}: expected a path below the image folder, got {image!r:.80}")
-    path = root / f"{image}{IMAGE_SUFFIX}"
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{path}: expected an image, cannot read it: {error}") from error
-    if not 0 < max(width, height) <= MAX_IMAGE_SIDE:
+    path = root / f"{relative}{IMAGE_SUFFIX}"
+    height, width = read_size(str(path))
+    if max(height, width) > MAX_IMAGE_SIDE:
         raise ValueError(f"{path}: expected sides up to {MAX_IMAGE_SIDE} pixels, got {width}x{height}")
     return height, width
 

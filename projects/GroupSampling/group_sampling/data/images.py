@@ -1,14 +1,16 @@
 """The pixels behind a record."""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from . import synthetic
 from .records import ImageRecord, UnreadableImageError
 
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
 
 def read_image(record: ImageRecord) -> np.ndarray:
-    """Reads, or renders, the image of ``record``.
+    """Read, or render, the image of ``record``.
 
     Returns:
         (H, W, 3) uint8 RGB, turned upright by its EXIF orientation, writable.
@@ -29,6 +31,34 @@ def read_image(record: ImageRecord) -> np.ndarray:
         raise UnreadableImageError(record.file_name, f"{type(error).__name__}: {error}") from error
     height, width = image.shape[:2]
     if record.height is not None and (height, width) != (record.height, record.width):
-        reason = f"its annotation says {record.width}x{record.height} pixels, the upright image has {width}x{height}"
+        reason = f"expected {record.width}x{record.height} pixels as annotated, got {width}x{height} when upright"
         raise UnreadableImageError(record.file_name, reason)
     return image
+
+
+def image_size(record: ImageRecord) -> tuple[int, int]:
+    """(height, width) of the upright image: the annotation's, or from the header of the file.
+
+    Raises:
+        UnreadableImageError: the header is needed and cannot be read.
+    """
+    if record.height is not None and record.width is not None:
+        return record.height, record.width
+    return read_size(record.file_name)
+
+
+def read_size(file_name: str) -> tuple[int, int]:
+    """(height, width) of an upright image, from the header of its file.
+
+    Raises:
+        UnreadableImageError: the header cannot be read.
+    """
+    try:
+        with Image.open(file_name) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except FileNotFoundError:
+        raise UnreadableImageError(file_name, "no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(file_name, f"{type(error).__name__}: {error}") from error
+    return (width, height) if turned else (height, width)

@@ -88,13 +88,13 @@ class TrainingStream(IterableDataset):
         max_bad_share: float = 0.05,
     ) -> None:
         if not records:
-            raise ValueError("records: expected at least one image to train on, found none")
+            raise ValueError("records: expected at least one image to train on, got none")
         if images_per_batch < 1:
-            raise ValueError(f"images_per_batch: expected at least 1, found {images_per_batch}")
+            raise ValueError(f"images_per_batch: expected at least 1, got {images_per_batch}")
         if start_batch < 0 or seed < 0:
-            raise ValueError(f"expected start_batch >= 0 and seed >= 0, found {start_batch} and {seed}")
+            raise ValueError(f"expected start_batch >= 0 and seed >= 0, got {start_batch} and {seed}")
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share: expected a share in [0, 1], found {max_bad_share}")
+            raise ValueError(f"max_bad_share: expected a share in [0, 1], got {max_bad_share}")
         _check_rank(rank, world_size)
         self.records = records
         self.transform = transform
@@ -149,7 +149,7 @@ class TrainingStream(IterableDataset):
                 skipped.extend(errors)
                 return record, image
         raise RuntimeError(
-            f"draw {draw}: {_MAX_ATTEMPTS} images in a row cannot be read. Expected readable images, found:\n"
+            f"draw {draw}: {_MAX_ATTEMPTS} images in a row cannot be read. Expected readable images, got:\n"
             + _list_files({error.file: error.reason for error in errors})
         )
 
@@ -215,7 +215,7 @@ class TrainLoader(DataLoader):
         if self.num_skipped >= _MIN_BAD_DRAWS and self.num_skipped > expected + 3 * math.sqrt(expected):
             raise RuntimeError(
                 f"{self.num_skipped} of {self.num_draws} images drawn cannot be read; expected a share of at most "
-                f"{share:g}. Found:\n{_list_files(self.skipped_files)}"
+                f"{share:g}. Got:\n{_list_files(self.skipped_files)}"
             )
 
 
@@ -268,7 +268,7 @@ def build_test_loader(
     original one, and the index of the record as its draw. An unreadable image raises UnreadableImageError.
     """
     if images_per_batch < 1:
-        raise ValueError(f"images_per_batch: expected at least 1, found {images_per_batch}")
+        raise ValueError(f"images_per_batch: expected at least 1, got {images_per_batch}")
     _check_rank(rank, world_size)
     images = _TestImages(records, transform, to_example, range(rank, len(records), world_size))
     return DataLoader(
@@ -313,7 +313,7 @@ def _epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
 
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
+        raise ValueError(f"rank: expected 0 <= rank < world_size, got rank {rank} of {world_size}")
 
 
 def _list_files(reasons: dict[str, str]) -> str:

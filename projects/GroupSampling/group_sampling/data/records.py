@@ -8,20 +8,22 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
+from ..files import safe_relative_path
+
 
 class AnnotationError(ValueError):
-    """An annotation file does not follow its format. The message names file, line or id, expectation and finding."""
+    """An annotation file does not follow its format. The message names the file and the line or id."""
 
 
 class UnreadableImageError(RuntimeError):
     """An image cannot be used; ``file`` and ``reason`` say which and why."""
 
     def __init__(self, file: str, reason: str = "") -> None:
-        # With one argument it is the finished message: that is how a DataLoader re-raises a worker's error.
+        # A DataLoader re-raises a worker's error with the finished message as its only argument.
         super().__init__(f"cannot read image {file}: {reason}" if reason else file)
         self.file = file
         self.reason = reason
@@ -38,6 +40,8 @@ class ImageRecord:
         boxes: (m, 4) float32 XYXY.
         classes: (m,) int64, index into ``class_names``.
         ignore: (m,) bool, True for regions that are neither face nor background (WIDER "invalid", COCO "iscrowd").
+        annotation: the annotation in full, for a protocol that evaluates more than the boxes:
+            :class:`~group_sampling.data.coco.CocoObjects`, :class:`~group_sampling.data.fddb.FDDBImage`, or None.
     """
 
     file_name: str
@@ -47,6 +51,7 @@ class ImageRecord:
     boxes: np.ndarray
     classes: np.ndarray
     ignore: np.ndarray
+    annotation: Any = None
 
 
 ZERO_AREA = "zero area"
@@ -151,10 +156,10 @@ class ImageRoot:
         Raises:
             AnnotationError: ``path`` is empty, absolute, has a ".." part or a NUL, or a link on it leaves the root.
         """
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or os.path.isabs(path) or ".." in parts or "\0" in path or "\\" in path:
-            raise AnnotationError(f"{place}: expected an image path below the image folder, found {path!r}")
-        full = os.path.join(self._root, *parts)
+        relative = safe_relative_path(path)
+        if relative is None or not relative.parts:
+            raise AnnotationError(f"{place}: expected an image path below the image folder, got {path!r}")
+        full = os.path.join(self._root, *relative.parts)
         # A folder is resolved once, a file only if it is a link: a system call per path instead of one per part.
         folder = os.path.dirname(full)
         if folder not in self._checked_folders:
@@ -167,4 +172,4 @@ class ImageRoot:
     def _refuse_outside(self, full: str, path: str, place: str) -> None:
         real = os.path.realpath(full)
         if os.path.commonpath([real, self._real_root]) != self._real_root:
-            raise AnnotationError(f"{place}: image path {path!r} is a link out of {self._root}, to {real}")
+            raise AnnotationError(f"{place}: expected an image below {self._root}, got {path!r}, a link to {real}")

@@ -166,5 +166,5 @@ def _parse_address(address: str) -> tuple[str, int, int, int, int]:
             raise ValueError
     except (ValueError, KeyError):
         expectation = f"{_SCHEME}://<{'|'.join(_SPLITS)}>/<index>?height=<h>&width=<w>&seed=<s>"
-        raise AnnotationError(f"expected an address {expectation}, found {address!r}") from None
+        raise AnnotationError(f"expected an address {expectation}, got {address!r}") from None
     return parts.netloc, index, settings.height, settings.width, settings.seed

@@ -59,13 +59,13 @@ class TrainTransform:
         min_visible: float = 0.5,
     ) -> None:
         if not scales or not all(0 < scale < float("inf") for scale in scales):
-            raise ValueError(f"scales: expected positive finite factors, found {scales}")
+            raise ValueError(f"scales: expected positive finite factors, got {scales}")
         if len(crop_size) != 2 or min(crop_size) < 1:
-            raise ValueError(f"crop_size: expected (height, width) of at least 1 pixel, found {crop_size}")
+            raise ValueError(f"crop_size: expected (height, width) of at least 1 pixel, got {crop_size}")
         if not 0 <= flip_prob <= 1:
-            raise ValueError(f"flip_prob: expected a probability, found {flip_prob}")
+            raise ValueError(f"flip_prob: expected a probability, got {flip_prob}")
         if not 0 <= min_visible <= 1:
-            raise ValueError(f"min_visible: expected a share in [0, 1], found {min_visible}")
+            raise ValueError(f"min_visible: expected a share in [0, 1], got {min_visible}")
         self.scales = tuple(float(scale) for scale in scales)
         self.crop_size = (int(crop_size[0]), int(crop_size[1]))
         self.flip_prob = flip_prob
@@ -177,7 +177,7 @@ class TestTransform:
 
     def __init__(self, min_size: int, max_size: int) -> None:
         if min_size < 0 or (min_size > 0 and max_size < 1):
-            raise ValueError(f"expected min_size >= 0 and max_size >= 1, found {min_size} and {max_size}")
+            raise ValueError(f"expected min_size >= 0 and max_size >= 1, got {min_size} and {max_size}")
         self.min_size = min_size
         self.max_size = max_size
 

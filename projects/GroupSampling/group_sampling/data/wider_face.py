@@ -12,7 +12,7 @@ An image without faces has the count 0 and, nevertheless, one line of ten zeros 
 import gzip
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -22,7 +22,7 @@ from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable
 _COLUMNS = "x y w h blur expression illumination invalid occlusion pose"
 _NUM_COLUMNS = 10
 _INVALID = 7
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -72,7 +72,7 @@ def read_annotations(
             records.append(_record(root.join(path, place), path, boxes, ignore))
     for path, place in (keep or {}).items():
         if path not in paths:
-            raise AnnotationError(f"{place}: expected an image of {os.fspath(file)}, found {_shorten(path)}")
+            raise AnnotationError(f"{place}: expected an image of {os.fspath(file)}, got {_shorten(path)}")
     return records
 
 
@@ -103,6 +103,29 @@ def read_paths(file: str | os.PathLike[str]) -> dict[str, str]:
     return paths
 
 
+def format_annotations(records: Sequence[ImageRecord], image_root: str | os.PathLike[str]) -> bytes:
+    """The text that :func:`read_annotations` reads back as the same boxes and ignore regions, to the last bit.
+
+    Classes are not in the format: every box is a face. Of the six attributes, "invalid" is the ignore flag and the
+    others are 0.
+
+    Raises:
+        ValueError: the path of an image cannot stand in the file.
+    """
+    lines = []
+    for record in records:
+        path = os.path.relpath(record.file_name, image_root)
+        if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES or path != path.strip() or "\n" in path:
+            raise ValueError(f"WIDER FACE's format: expected an image path ({', '.join(IMAGE_SUFFIXES)}), got {path!r}")
+        lines += [path, str(len(record.boxes))]
+        for (x1, y1, x2, y2), ignored in zip(record.boxes.astype(np.float64).tolist(), record.ignore.tolist()):
+            numbers = (repr(value).removesuffix(".0") for value in (x1, y1, x2 - x1, y2 - y1))
+            lines.append(f"{' '.join(numbers)} 0 0 0 {int(ignored)} 0 0")
+        if not len(record.boxes):
+            lines.append(" ".join(["0"] * _NUM_COLUMNS))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
 def image_id(path: str) -> str:
     """``"<event>/<stem>"`` of a relative path, as the result files of the benchmark name an image."""
     return str(PurePosixPath(path).with_suffix(""))
@@ -124,7 +147,7 @@ class _Lines:
                 content = gzip.decompress(content)
             text = content.decode("utf-8-sig")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise AnnotationError(f"{self._file}: expected text, plain or gzipped, found: {error}") from error
+            raise AnnotationError(f"{self._file}: expected text, plain or gzipped, got: {error}") from error
         # Not splitlines(): its further separators (form feed, U+2028, ...) would shift the numbers an editor shows.
         self._lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         self._next = 0
@@ -136,7 +159,7 @@ class _Lines:
     def take(self, expectation: str) -> tuple[str, str]:
         """Returns (place, text) of the next line; the end of the file is an error that names ``expectation``."""
         if self.at_end:
-            raise AnnotationError(f"{self._file}: expected {expectation}, found the end of the file")
+            raise AnnotationError(f"{self._file}: expected {expectation}, got the end of the file")
         number, text = self._lines[self._next]
         self._next += 1
         return f"{self._file}:{number}", text
@@ -151,18 +174,18 @@ def _take_path(lines: _Lines, ids: dict[str, str]) -> tuple[str, str]:
     """Returns (place, path) of the image that the next line names; ``ids``: image id -> place of those before."""
     place, text = lines.take("an image path")
     path = PurePosixPath(text)
-    if path.suffix.lower() not in _IMAGE_SUFFIXES:
-        raise AnnotationError(f"{place}: expected an image path ({', '.join(_IMAGE_SUFFIXES)}), found {_shorten(text)}")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise AnnotationError(f"{place}: expected an image path ({', '.join(IMAGE_SUFFIXES)}), got {_shorten(text)}")
     first = ids.setdefault(image_id(text), place)
     if first != place:
-        raise AnnotationError(f"{place}: expected each image once, found {_shorten(text)} again, first at {first}")
+        raise AnnotationError(f"{place}: expected each image once, got {_shorten(text)} again, first at {first}")
     return place, str(path)
 
 
 def _parse_count(place: str, text: str) -> int:
     # The length limit keeps int() out of reach of absurd digit strings.
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise AnnotationError(f"{place}: expected a number of boxes, found {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected a number of boxes, got {_shorten(text)}")
     return int(text)
 
 
@@ -172,9 +195,9 @@ def _parse_box(place: str, text: str) -> list[float]:
     except ValueError:
         row = []
     if len(row) != _NUM_COLUMNS:
-        raise AnnotationError(f"{place}: expected {_COLUMNS!r} ({_NUM_COLUMNS} numbers), found {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected {_COLUMNS!r} ({_NUM_COLUMNS} numbers), got {_shorten(text)}")
     if row[_INVALID] not in (0, 1):
-        raise AnnotationError(f"{place}: expected 0 or 1 for 'invalid', found {row[_INVALID]:g} in {_shorten(text)}")
+        raise AnnotationError(f"{place}: expected 0 or 1 for 'invalid', got {row[_INVALID]:g} in {_shorten(text)}")
     return row
 
 

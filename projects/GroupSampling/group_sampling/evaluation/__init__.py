@@ -1,10 +1,12 @@
-"""Evaluation of detections: WIDER FACE's, FDDB's and COCO's protocols and prediction files. Torch is not imported."""
+"""The protocols of WIDER FACE, FDDB and COCO, and their files of detections. Importing this package loads no torch."""
 
 from .coco import CocoAP, CocoResult
 from .fddb.files import read_fddb_predictions, write_fddb_predictions
-from .fddb.roc import FDDBResult, FDDBRoc
-from .wider_face.ap import WiderFaceAP, WiderFaceResult
+from .fddb.result import FDDBResult
+from .fddb.roc import FDDBRoc
+from .wider_face.ap import WiderFaceAP
 from .wider_face.files import read_predictions, write_predictions
+from .wider_face.result import WiderFaceResult
 
 __all__ = [
     "CocoAP",

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import io
-import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,49 +14,67 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..data.coco import read_annotations
-from ..files import write_atomically
+from ..data.coco import CocoObjects, read_annotations
+from ..data.records import ImageRecord
+from ..detections import Detections
+from ..files import write_json
+from .results import Curve, check_new_image, none_if_nan, plot_pr_curves
 
+_INTEGER = re.compile(r"-?[0-9]+")
+# Label of a curve -> its IoU.
+_CURVES = {"0.50": 0.5, "0.75": 0.75}
+_MEAN_CURVE = "0.50:0.95"
 _ALL_AREAS = "all"  # COCO's name for the objects of every size; the others are "small", "medium" and "large"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
 class CocoResult:
     """Outcome of :meth:`CocoAP.compute`; values in [0, 1], nan where no object counts.
 
     Attributes:
-        metrics: ``AP`` (mean over IoU 0.50:0.05:0.95 and the classes), ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``
+        stats: ``AP`` (mean over IoU 0.50:0.05:0.95 and the classes), ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``
             (objects under 32^2, under 96^2 and over 96^2 pixels), and ``AR``, the mean recall of the kept detections.
         class_ap: ``AP`` of each class.
+        curves: (recall, precision) at IoU 0.50, at 0.75 and the mean over 0.50:0.95, float64 of shape (101,); the
+            precision is interpolated as COCO has it, and averaged over the classes.
         counts: ``images``, ``objects`` (crowds left out), ``crowds``, ``detections``.
-        max_dets_per_image: detections of an image and class beyond it were not looked at.
+        max_dets_per_image: number of highest-scoring detections per class and image that were evaluated.
     """
 
-    metrics: dict[str, float]
+    stats: dict[str, float]
     class_ap: dict[str, float]
+    curves: dict[str, Curve]
     counts: dict[str, int]
     max_dets_per_image: int
 
-    def table(self) -> str:
-        """Aligned text table in percent (``n/a`` where undefined), with a line per class where there are several."""
-        rows = dict(self.metrics)
+    def metrics(self) -> dict[str, float]:
+        """``stats`` in percent, and where there are several classes ``AP-<class>``."""
+        values = dict(self.stats)
         if len(self.class_ap) > 1:
-            rows.update({f"AP-{name}": ap for name, ap in self.class_ap.items()})
+            values.update({f"AP-{name}": ap for name, ap in self.class_ap.items()})
+        return {name: 100 * value for name, value in values.items()}
+
+    def table(self) -> str:
+        """Aligned text table of :meth:`metrics`, ``n/a`` where undefined."""
+        rows = self.metrics()
         width = max(map(len, rows))
-        lines = [f"{name:<{width}}  {'n/a' if math.isnan(v) else f'{100 * v:.2f}':>6}" for name, v in rows.items()]
-        limit = f"at most {self.max_dets_per_image} detections an image and class"
+        lines = [f"{name:<{width}}  {'n/a' if math.isnan(v) else f'{v:.2f}':>6}" for name, v in rows.items()]
+        limit = f"at most {self.max_dets_per_image} detections per image and class"
         return "\n".join([f"{'COCO':<{width}}     (%)  {limit}", *lines])
 
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything as JSON, atomically; an undefined value becomes ``null``."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the curves, for JSON; an undefined value becomes None."""
+        return {
             "protocol": "COCO",
             "max_dets_per_image": self.max_dets_per_image,
-            "metrics": {name: _or_none(value) for name, value in self.metrics.items()},
-            "class_ap": {name: _or_none(value) for name, value in self.class_ap.items()},
+            "metrics": {name: none_if_nan(value) for name, value in self.stats.items()},
+            "class_ap": {name: none_if_nan(value) for name, value in self.class_ap.items()},
             "counts": self.counts,
         }
-        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    def plot(self, path: str | os.PathLike, title: str = "COCO") -> None:
+        """Draw the precision-recall curves, atomically; the suffix gives the format of the image (PNG without one)."""
+        plot_pr_curves(path, {f"IoU {label}": curve for label, curve in self.curves.items()}, title=title)
 
 
 class CocoAP:
@@ -67,41 +85,31 @@ class CocoAP:
     pairs that overlap enough to matter: pycocotools takes minutes for an image of 2,000 faces.
 
     Args:
-        records: annotated images: objects with ``image_id``, ``boxes`` (m, 4) XYXY, ``classes`` (m,) indices into
-            ``class_names``, and ``ignore`` (m,) bool, COCO's ``iscrowd``.
-        class_names: at least one.
-        areas: (m,) by image id, the area in pixels that decides between small, medium and large; that of the box where
-            an image is missing.
-        max_dets_per_image: the best so many detections of each class are looked at in an image.
+        records: annotated images. Of those that carry :class:`~group_sampling.data.coco.CocoObjects`, these are
+            evaluated; so the figures are those of COCO's own evaluation, which clips no box. Of the others, ``boxes``,
+            ``classes`` and ``ignore`` are, the latter as COCO's ``iscrowd``, with the areas of the boxes.
+        categories: category id -> name, in the order of the class indices; at least one.
+        max_dets_per_image: number of highest-scoring detections per class and image that are evaluated.
 
     Raises:
         ValueError: two records share an ``image_id``, or an argument is out of range.
     """
 
     def __init__(
-        self,
-        records: Iterable[Any],
-        class_names: Sequence[str],
-        *,
-        areas: Mapping[str, ArrayLike] | None = None,
-        max_dets_per_image: int,
+        self, records: Iterable[ImageRecord], categories: Mapping[int, str], *, max_dets_per_image: int
     ) -> None:
-        if not class_names:
-            raise ValueError("class_names: expected at least one")
+        if not categories:
+            raise ValueError("categories: expected at least one, got none")
         if max_dets_per_image < 1:
-            raise ValueError(f"max_dets_per_image must be at least 1, got {max_dets_per_image}")
-        self._class_names = tuple(class_names)
-        self._category_ids = list(range(1, len(self._class_names) + 1))
+            raise ValueError(f"max_dets_per_image: expected at least 1, got {max_dets_per_image}")
+        self._class_names = tuple(categories.values())
+        self._category_ids = tuple(categories)
         self._max_dets = max_dets_per_image
-        self._truth: dict[str, _Objects] = {}
-        for record in records:
+        self._truth: dict[str, CocoObjects] = {}
+        for record in sorted(records, key=_evaluation_order):
             if record.image_id in self._truth:
-                raise ValueError(f"two records have the image_id {record.image_id!r}")
-            xywh = _to_xywh(record.boxes)
-            area = np.asarray((areas or {}).get(record.image_id, xywh[:, 2] * xywh[:, 3]), dtype=np.float64)
-            self._truth[record.image_id] = _Objects(
-                xywh, np.asarray(record.classes), area, np.asarray(record.ignore, dtype=bool)
-            )
+                raise ValueError(f"records: expected each image once, got {record.image_id!r} again")
+            self._truth[record.image_id] = _objects(record)
         # xywh, scores, classes by image
         self._found: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]] = {}
 
@@ -109,55 +117,31 @@ class CocoAP:
     def from_file(cls, file: str | os.PathLike, *, max_dets_per_image: int) -> "CocoAP":
         """Build from an annotation file; image ids are the file's, as strings.
 
-        Boxes are those of the file, not clipped, so that the figures are those of COCO's own evaluation. What it cannot
-        do without is filled in: a missing ``area`` is that of the box, a missing ``iscrowd`` is 0. Boxes that are empty
-        or not finite are left out.
-
         Raises:
             AnnotationError: the file does not follow the format.
             OSError: it cannot be opened.
         """
-        records, categories = read_annotations(file, ".")
-        with open(file, "rb") as stream:
-            content = json.load(stream)
-        class_of = {category_id: index for index, category_id in enumerate(categories)}
-        rows: dict[str, list] = {record.image_id: [] for record in records}
-        for annotation in content["annotations"]:
-            x, y, w, h = (float(value) for value in annotation["bbox"])
-            if w > 0 and h > 0 and math.isfinite(x + y + w + h):
-                box = x, y, w, h, annotation.get("area", w * h), annotation.get("iscrowd", 0)
-                rows[str(annotation["image_id"])].append((*box, class_of[annotation["category_id"]]))
-        self = cls([], tuple(categories.values()), max_dets_per_image=max_dets_per_image)
-        self._category_ids = list(categories)
-        for image_id in sorted(rows, key=int):  # pycocotools' order, which decides between equal scores
-            table = np.array(rows[image_id], dtype=np.float64).reshape(-1, 7)
-            self._truth[image_id] = _Objects(table[:, :4], table[:, 6].astype(int), table[:, 4], table[:, 5] != 0)
-        return self
+        return cls(*read_annotations(file, "."), max_dets_per_image=max_dets_per_image)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self._truth)
 
-    def update(self, image_id: str, boxes: ArrayLike, scores: ArrayLike, classes: ArrayLike | None = None) -> None:
+    def update(self, image_id: str, detections: Detections) -> None:
         """Add the detections of one image. An image without an update is one without detections.
 
         Args:
             image_id: an image of the ground truth.
-            boxes: (k, 4) XYXY in pixels of the annotated image; k may be 0.
-            scores: (k,) finite.
-            classes: (k,) indices into ``class_names``; all 0 when left out.
+            detections: k of them, in pixels of the annotated image, arrays or CPU tensors; k may be 0. Copied.
 
         Raises:
             ValueError: the image is unknown or was updated before, a shape is wrong, a number is not finite, a box is
                 inverted, or a class does not exist; nothing is added then.
         """
-        if image_id not in self._truth:
-            raise ValueError(f"predictions for image {image_id!r}, which is not in the ground truth")
-        if image_id in self._found:
-            raise ValueError(f"second predictions for image {image_id!r}; an image is updated once")
+        check_new_image(image_id, self._truth, self._found)
         what = f"predictions of image {image_id!r}"
-        xywh = _to_xywh(boxes)
-        scores = np.array(scores, dtype=np.float64)
+        xywh = _to_xywh(detections.boxes)
+        scores, classes = np.array(detections.scores, dtype=np.float64), detections.classes
         classes = np.zeros(len(xywh), dtype=np.int64) if classes is None else np.array(classes, dtype=np.int64)
         if scores.shape != (len(xywh),) or classes.shape != (len(xywh),):
             shapes = f"{scores.shape} and {classes.shape}"
@@ -188,7 +172,7 @@ class CocoAP:
         for image, (image_id, truth) in enumerate(self._truth.items()):
             xywh, scores, classes = self._found.get(image_id, (np.empty((0, 4)), np.empty(0), np.empty(0, dtype=int)))
             for category in np.union1d(truth.classes, classes).astype(int):
-                objects = truth.of_class(category)
+                objects = CocoObjects(*(column[truth.classes == category] for column in truth))
                 rows = np.flatnonzero(classes == category)
                 rows = rows[np.argsort(-scores[rows], kind="stable")[: self._max_dets]]
                 per_area = _match(objects, xywh[rows], params.areaRng, thresholds)
@@ -211,10 +195,11 @@ class CocoAP:
 
         at = {round(threshold, 2): index for index, threshold in enumerate(params.iouThrs.tolist())}
         area = {label: index for index, label in enumerate(params.areaRngLbl)}
-        metrics = {
-            "AP": average(precision[..., area[_ALL_AREAS]]),
-            "AP50": average(precision[at[0.5], ..., area[_ALL_AREAS]]),
-            "AP75": average(precision[at[0.75], ..., area[_ALL_AREAS]]),
+        of_all = precision[..., area[_ALL_AREAS]]  # (thresholds, recalls, classes)
+        stats = {
+            "AP": average(of_all),
+            "AP50": average(of_all[at[0.5]]),
+            "AP75": average(of_all[at[0.75]]),
             **{f"AP{label[0]}": average(precision[..., area[label]]) for label in ("small", "medium", "large")},
             "AR": average(recall[..., area[_ALL_AREAS]]),
         }
@@ -222,7 +207,7 @@ class CocoAP:
         class_ap = {}
         for index, (name, category_id) in enumerate(zip(self._class_names, self._category_ids)):
             key = name if num_of[name] == 1 else f"{name} ({category_id})"
-            class_ap[key] = average(precision[:, :, index, area[_ALL_AREAS]])
+            class_ap[key] = average(of_all[..., index])
         crowds = sum(int(truth.is_crowd.sum()) for truth in self._truth.values())
         counts = {
             "images": num_images,
@@ -230,35 +215,32 @@ class CocoAP:
             "crowds": crowds,
             "detections": sum(len(scores) for _, scores, _ in self._found.values()),
         }
-        return CocoResult(metrics, class_ap, counts, self._max_dets)
-
-    def write_detections(self, path: str | os.PathLike) -> None:
-        """Write the detections in COCO's results format, atomically, with the annotation file's ids."""
-        results = []
-        for image_id, (xywh, scores, classes) in self._found.items():
-            number = int(image_id) if image_id.lstrip("-").isdecimal() else image_id
-            for box, score, category in zip(xywh.tolist(), scores.tolist(), classes.tolist()):
-                category_id = self._category_ids[category]
-                results.append({"image_id": number, "category_id": category_id, "bbox": box, "score": score})
-        write_atomically(path, json.dumps(results).encode())
+        curves = {label: (params.recThrs, _mean_defined(of_all[at[iou]])) for label, iou in _CURVES.items()}
+        curves[_MEAN_CURVE] = params.recThrs, np.mean([_mean_defined(values) for values in of_all], axis=0)
+        return CocoResult(stats, class_ap, curves, counts, self._max_dets)
 
 
-@dataclass(frozen=True)
-class _Objects:
-    """Annotated objects of one image: boxes, class indices, areas in pixels, and which are crowds."""
+def write_coco_detections(
+    path: str | os.PathLike, categories: Mapping[int, str], detections: Mapping[str, Detections]
+) -> None:
+    """Write detections in COCO's results format, atomically.
 
-    xywh: NDArray[np.float64]
-    classes: NDArray[np.int64]
-    areas: NDArray[np.float64]
-    is_crowd: NDArray[np.bool_]
-
-    def of_class(self, category: int) -> "_Objects":
-        rows = self.classes == category
-        return _Objects(self.xywh[rows], self.classes[rows], self.areas[rows], self.is_crowd[rows])
+    Args:
+        categories: category id -> name, in the order of the class indices.
+        detections: by image id, arrays or CPU tensors; ids that are numbers are written as such.
+    """
+    results, category_ids = [], list(categories)
+    for image_id, found in detections.items():
+        number = int(image_id) if _INTEGER.fullmatch(image_id) else image_id
+        scores = np.asarray(found.scores, dtype=np.float64).tolist()
+        classes = [0] * len(scores) if found.classes is None else np.asarray(found.classes).tolist()
+        for box, score, index in zip(_to_xywh(found.boxes).tolist(), scores, classes):
+            results.append({"image_id": number, "category_id": category_ids[index], "bbox": box, "score": score})
+    write_json(path, results, indent=None)
 
 
 def _match(
-    objects: _Objects,
+    objects: CocoObjects,
     xywh: NDArray[np.float64],
     area_ranges: Sequence[Sequence[float]],
     thresholds: NDArray[np.float64],
@@ -311,10 +293,24 @@ def _to_xywh(boxes: ArrayLike) -> NDArray[np.float64]:
     if boxes.size == 0:
         return np.empty((0, 4))
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must have shape (k, 4), got {boxes.shape}")
+        raise ValueError(f"boxes: expected shape (k, 4), got {boxes.shape}")
     boxes[:, 2:] -= boxes[:, :2]
     return boxes
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _mean_defined(precision: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R,) mean over the classes of (R, K), those without an object (-1) left out; nan where there is no other."""
+    defined = precision[:, (precision > -1).all(axis=0)]
+    return defined.mean(axis=1) if defined.size else np.full(len(precision), math.nan)
+
+
+def _evaluation_order(record: ImageRecord) -> tuple[int, int]:
+    """pycocotools evaluates images by ascending id, which decides between equal scores; others stay in their order."""
+    return (0, int(record.image_id)) if _INTEGER.fullmatch(record.image_id) else (1, 0)
+
+
+def _objects(record: ImageRecord) -> CocoObjects:
+    if isinstance(getattr(record, "annotation", None), CocoObjects):
+        return record.annotation
+    xywh = _to_xywh(record.boxes)
+    return CocoObjects(xywh, np.asarray(record.classes), xywh[:, 2] * xywh[:, 3], np.asarray(record.ignore, dtype=bool))

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
@@ -14,14 +14,17 @@ from torch import nn
 from .. import distributed
 from ..config import anchor_scales
 from ..data.catalog import Source
-from ..data.fddb import read_annotations
 from ..data.records import ImageRecord
 from ..detections import Detections
+from ..files import write_json
 from ..version import __version__
-from . import CocoAP, WiderFaceAP, write_predictions
-from .fddb import roc as fddb
+from .coco import CocoAP, write_coco_detections
 from .fddb.files import write_fddb_predictions
+from .fddb.roc import FDDBRoc
+from .results import Metric
 from .resume import PartialDetections
+from .wider_face.ap import WiderFaceAP
+from .wider_face.files import write_predictions
 from .wider_face.ground_truth import find_official_ground_truth
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Evaluation:
         model: saved detections are reused only if they were made with these weights. None: nothing is saved.
         resume: reuse what an interrupted evaluation of the same weights, configuration and images has finished.
             Otherwise its files are removed.
+        images_per_file: finished images are saved when there are this many, and after a few seconds.
 
     Attributes:
         share: the images that this process has to look at.
@@ -53,6 +57,7 @@ class Evaluation:
         model: nn.Module | None,
         *,
         resume: bool,
+        images_per_file: int = 64,
     ) -> None:
         self._cfg = cfg
         self._source = source
@@ -61,7 +66,9 @@ class Evaluation:
         name, records = source.name, source.records
         if model is not None:
             self._partial = PartialDetections(
-                os.path.join(_folder(cfg, name), "partial"), _fingerprint(cfg, name, records, model)
+                os.path.join(_folder(cfg, name), "partial"),
+                _fingerprint(cfg, name, records, model),
+                max_images=images_per_file,
             )
         if self._partial and distributed.rank() == 0:
             if resume:
@@ -123,40 +130,58 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
         ``AR``, and ``AP-<class>`` where there are several classes. "fddb": ``discrete@n`` and ``continuous@n``, the
         true positive rates at n = 200, 500 and 1,000 false positives, and with ``_fitted`` those of ellipses.
     """
-    dataset_name, records = source.name, source.records
-    missing = len(records) - len(detections)
+    folder = _folder(cfg, source.name)
+    missing = len(source.records) - len(detections)
     if missing:
-        logger.warning(f"{dataset_name}: {missing} of {len(records)} images were not looked at and count as empty")
-    results = {}
-    protocol, paths = source.protocol, source.paths
-    if protocol == "fddb":
-        results["fddb"] = _evaluate_fddb(cfg, dataset_name, *paths, detections)
-    if protocol == "coco":
-        results["coco"] = _evaluate_coco(cfg, dataset_name, paths[0], detections)
-    if protocol == "wider_face" or (protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1):
-        results["wider_face"] = _evaluate_wider_face(cfg, source, detections)
-    return results
+        logger.warning(
+            f"{source.name}: {missing} of {len(source.records)} images were not looked at and count as empty"
+        )
+    names = [source.protocol]
+    if source.protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1:
+        names.append("wider_face")
+    metrics = {}
+    for name in names:
+        protocol = PROTOCOLS[name]
+        metric = protocol.build(cfg, source)
+        for image_id, found in detections.items():
+            metric.update(image_id, found)
+        result = metric.compute()
+        protocol.write_detections(folder, source, detections)
+        write_json(os.path.join(folder, protocol.results), result.to_dict())
+        result.plot(os.path.join(folder, protocol.plot))
+        logger.info(f"{source.name}: {len(detections)} images; results in {folder}\n{result.table()}")
+        metrics[name] = result.metrics()
+    return metrics
 
 
-def _evaluate_wider_face(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, float]:
-    dataset_name, records = source.name, source.records
+class Protocol(NamedTuple):
+    """How detections are evaluated, and the files that an evaluation leaves in its folder."""
+
+    build: Callable[[CfgNode, Source], Metric]
+    write_detections: Callable[[str, Source, Mapping[str, Detections]], None]
+    results: str
+    plot: str
+
+
+def _build_wider_face(cfg: CfgNode, source: Source) -> WiderFaceAP:
     scales = anchor_scales(cfg)
     ground_truth = _official_ground_truth(cfg, source)
     if ground_truth:
-        metric = WiderFaceAP.from_official(ground_truth, scales=scales)
-    else:
-        metric = WiderFaceAP.from_records(records, scales=scales)
-    for image_id, found in detections.items():
-        metric.update(image_id, found.boxes, found.scores, found.anchor_scales)
-    result = metric.compute()
+        return WiderFaceAP.from_official(ground_truth, scales=scales)
+    return WiderFaceAP.from_records(source.records, scales=scales)
 
-    folder = _folder(cfg, dataset_name)
+
+def _build_coco(cfg: CfgNode, source: Source) -> CocoAP:
+    return CocoAP(source.records, source.categories, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def _build_fddb(cfg: CfgNode, source: Source) -> FDDBRoc:
+    return FDDBRoc.from_records(source.records)
+
+
+def _write_wider_face(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
     for image_id, found in detections.items():
         write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores)
-    result.to_json(os.path.join(folder, "results.json"))
-    result.plot(os.path.join(folder, "pr_curves.png"))
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
-    return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in result.ap.items()}
 
 
 def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:
@@ -173,50 +198,20 @@ def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | 
     return folder
 
 
-def _evaluate_coco(
-    cfg: CfgNode, dataset_name: str, annotations: str, detections: dict[str, Detections]
-) -> dict[str, float]:
-    metric = CocoAP.from_file(annotations, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
-    for image_id, found in detections.items():
-        metric.update(image_id, found.boxes, found.scores, found.classes)
-    result = metric.compute()
-
-    folder = _folder(cfg, dataset_name)
-    metric.write_detections(os.path.join(folder, "coco_instances_results.json"))
-    result.to_json(os.path.join(folder, "coco_results.json"))
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{result.table()}")
-    values = dict(result.metrics)
-    if len(result.class_ap) > 1:
-        values.update({f"AP-{name}": ap for name, ap in result.class_ap.items()})
-    return {name: 100 * value for name, value in values.items()}
+def _write_coco(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
+    write_coco_detections(os.path.join(folder, "coco_instances_results.json"), source.categories, detections)
 
 
-def _evaluate_fddb(
-    cfg: CfgNode, dataset_name: str, annotations: str, image_root: str, detections: dict[str, Detections]
-) -> dict[str, float]:
-    images = read_annotations(annotations, image_root)
-    metric = fddb.FDDBRoc(images)
-    for image_id, found in detections.items():
-        metric.update(image_id, found.boxes, found.scores)
-    results = {"rectangles": metric.compute("none")}
-    try:
-        results["fitted ellipses"] = metric.compute("fitted")
-    except ValueError as error:
-        logger.warning(f"{dataset_name}: {error}")
+def _write_fddb(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
+    images = [record.annotation for record in source.records]
+    write_fddb_predictions(os.path.join(folder, "predictions"), images, detections)
 
-    folder = _folder(cfg, dataset_name)
-    boxes_and_scores = {image_id: (found.boxes, found.scores) for image_id, found in detections.items()}
-    write_fddb_predictions(os.path.join(folder, "predictions"), images, boxes_and_scores)
-    fddb.write_json(os.path.join(folder, "results.json"), results)
-    fddb.plot(os.path.join(folder, "roc.png"), results)
-    logger.info(f"{dataset_name}: {len(detections)} images; results in {folder}\n{fddb.table(results)}")
-    rates = {}
-    for suffix, result in zip(("", "_fitted"), results.values()):
-        for number in fddb.OPERATING_POINTS:
-            discrete, continuous = result.at(number)
-            rates[f"discrete@{number}{suffix}"] = 100 * discrete
-            rates[f"continuous@{number}{suffix}"] = 100 * continuous
-    return rates
+
+PROTOCOLS = {
+    "wider_face": Protocol(_build_wider_face, _write_wider_face, "results.json", "pr_curves.png"),
+    "coco": Protocol(_build_coco, _write_coco, "coco_results.json", "coco_pr_curves.png"),
+    "fddb": Protocol(_build_fddb, _write_fddb, "results.json", "roc.png"),
+}
 
 
 def _folder(cfg: CfgNode, dataset_name: str) -> str:

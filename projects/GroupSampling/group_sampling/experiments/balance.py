@@ -11,16 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from PIL import ExifTags, Image
 
 from ..anchors import AnchorGrid, cell_anchors
 from ..config import ConfigError
-from ..data.records import ImageRecord, UnreadableImageError
+from ..data.images import image_size
+from ..data.records import ImageRecord
 from ..engines.build import AnchorLayout, build_train_transform
 from ..samplers import build_anchor_sampler, count_anchors
 
 _BATCH = 64  # images per call of the operator
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
 @dataclass(frozen=True)
@@ -125,23 +124,6 @@ def anchor_grid(cfg: CfgNode, height: int, width: int) -> AnchorGrid:
         [(_ceil_div(height, stride), _ceil_div(width, stride)) for stride in strides],
         [cell_anchors(sizes, ratios) for sizes, ratios in zip(layout.sizes, layout.aspect_ratios)],
     )
-
-
-def image_size(record: ImageRecord) -> tuple[int, int]:
-    """(height, width) of the upright image: the annotation's, or from the header of the file.
-
-    Raises:
-        UnreadableImageError: the header cannot be read.
-    """
-    if record.height is not None and record.width is not None:
-        return record.height, record.width
-    try:
-        with Image.open(record.file_name) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UnreadableImageError(record.file_name, f"{type(error).__name__}: {error}") from error
-    return (width, height) if turned else (height, width)
 
 
 def _stage(feature: str) -> int:

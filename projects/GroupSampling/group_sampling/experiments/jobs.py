@@ -1,6 +1,5 @@
-"""Trainings as processes of their own: several side by side, with the progress and the remaining time of all."""
+"""Trainings in processes of their own: several at a time, with the progress and the remaining time of all."""
 
-import json
 import os
 import subprocess
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import yaml
 from tqdm import tqdm
+
+from .runs import parse_metrics
 
 POLL_SECONDS = 1.0
 _TRAINING_SHARE = 0.95  # of a job's time; the rest is its evaluation
@@ -44,13 +45,13 @@ class Outcome:
 def run_jobs(
     jobs: Sequence[Job], *, side_by_side: int = 1, working_directory: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Outcome]:
-    """Runs all jobs, ``side_by_side`` at a time, and yields each as it ends.
+    """Run all jobs, ``side_by_side`` at a time, and yield each as it ends.
 
     A progress bar counts training iterations of all jobs and estimates the time to the end of the last. A job that
-    fails does not stop the others. Leaving the iteration early, by an exception for instance, ends what is running.
+    fails does not stop the others. Leaving the iteration early, for instance by an exception, ends what is running.
 
     Args:
-        environment: variables to set for the jobs beside those of this process.
+        environment: variables to set for the jobs in addition to those of this process.
     """
     waiting = list(reversed(jobs))
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
@@ -85,15 +86,11 @@ def progress(folder: Path) -> tuple[float, str]:
     try:
         with (folder / "metrics.json").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().decode().splitlines()
+            tail = file.read().decode(errors="replace")
         max_iter = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"]
     except FileNotFoundError:
         return 0.0, "starting"
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the first line may be cut, the last half written
-            continue
+    for row in reversed(parse_metrics(tail)):
         if "total_loss" in row:
             share = (row["iteration"] + 1) / max_iter
             return share, "evaluating" if share >= 1 else f"loss {row['total_loss']:.3f}"

@@ -1,7 +1,4 @@
-"""What the paper says of the order of its results, and whether measured results agree, disagree or cannot tell.
-
-The data are facts of the paper, in ``paper/``: every number of its tables (``values.yaml``), how each row was
-trained (``rows.yaml``) and every claim on the order of results (``orderings.yaml``).
+"""Whether measured results agree or disagree with what the paper says of their order, or cannot tell.
 
 **The rule.** A claim is a list of *comparisons*, each a weighted sum of average precisions that the claim puts into
 an open interval: a difference above 0, a difference within ± 0.8, a sum above 100. The sum is formed seed by seed,
@@ -27,17 +24,15 @@ run at scale tiny with three seeds vary by 3.2 points in All from seed to seed, 
 there says something from 7.6 points on.
 """
 
-import copy
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from scipy import stats
+
+from .claims import Comparison, Ordering, paper_orderings, paper_values
 
 AGREES = "agrees"
 DISAGREES = "disagrees"
@@ -60,51 +55,6 @@ class Noise(NamedTuple):
 
     std: float  # in points
     dof: int  # degrees of freedom behind it
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A weighted sum of results, and the open interval that a claim puts it into.
-
-    Attributes:
-        label: what is summed, for people.
-        weights: of each (config, subset).
-        low, high: the interval.
-    """
-
-    label: str
-    weights: Mapping[tuple[str, str], float]
-    low: float = 0.0
-    high: float = math.inf
-
-    def value(self, results: Mapping[str, Mapping[str, float]]) -> float | None:
-        """The sum of ``results``, config -> subset -> value; None where one is missing."""
-        if any(subset not in results.get(config, {}) for config, subset in self.weights):
-            return None
-        return sum(weight * results[config][subset] for (config, subset), weight in self.weights.items())
-
-
-@dataclass(frozen=True)
-class Ordering:
-    """A claim of the paper, see ``paper/orderings.yaml``.
-
-    Attributes:
-        id: as in "1.10".
-        experiment: "table1", ..., "figure6".
-        place: where the paper has it.
-        kind: "strict": every number of the paper bears it out; "soft": not every one does.
-        claim: in words.
-        note: numbers, or how the words were read.
-        comparisons: all have to hold; none: no row of this project can tell.
-    """
-
-    id: str
-    experiment: str
-    place: str
-    kind: str
-    claim: str
-    note: str
-    comparisons: tuple[Comparison, ...]
 
 
 @dataclass(frozen=True)
@@ -181,26 +131,6 @@ class Judgment:
                 for finding in self.findings
             ],
         }
-
-
-def read_paper(name: str) -> Any:
-    """The facts in ``paper/<name>.yaml``: "values", "rows" or "orderings". The caller's own copy."""
-    return copy.deepcopy(_parsed(name))
-
-
-@functools.cache
-def _parsed(name: str) -> Any:
-    return yaml.safe_load((resources.files(__package__) / "paper" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-def paper_values() -> dict[str, dict[str, dict[str, float]]]:
-    """Every number of Tables 1 to 5: table -> config -> subset -> AP in percent."""
-    return read_paper("values")["tables"]
-
-
-def paper_orderings() -> tuple[Ordering, ...]:
-    """Every claim of the paper on the order of its results."""
-    return tuple(_parse(entry) for entry in read_paper("orderings"))
 
 
 def seed_noise(measured: Measured) -> dict[str, Noise]:
@@ -349,8 +279,9 @@ def _half_width(
 ) -> float:
     """Half of the confidence interval of a mean over ``count`` seeds; infinite where no spread is known."""
     squares, dof = (0.0, 0) if std is None else ((count - 1) * std**2, count - 1)
-    known = [noise.get(subset) for _, subset in comparison.weights]
-    if None not in known:
+    subsets = [subset for _, subset in comparison.weights]
+    if all(subset in noise for subset in subsets):
+        known = [noise[subset] for subset in subsets]
         # As if the values of a seed were independent, which overstates the spread of a difference of alike runs.
         variance = sum((w * n.std) ** 2 for w, n in zip(comparison.weights.values(), known))
         known_dof = min(n.dof for n in known)
@@ -358,76 +289,6 @@ def _half_width(
     if dof == 0:
         return math.inf
     return float(stats.t.ppf(1 - tail, dof)) * math.sqrt(squares / dof / count)
-
-
-def _parse(entry: Mapping[str, Any]) -> Ordering:
-    comparisons = tuple(comparison for term in entry["terms"] for comparison in _expand(entry["id"], term))
-    texts = {key: entry[key] for key in ("id", "experiment", "place", "kind", "claim")}
-    return Ordering(**texts, note=entry.get("note", ""), comparisons=comparisons)
-
-
-def _expand(ordering: str, term: Mapping[str, Any]) -> Iterator[Comparison]:
-    """The comparisons of a term of ``orderings.yaml``."""
-    keys = frozenset(term)
-    if keys == {"chain", "in"}:
-        for subset in term["in"]:
-            for a, b in zip(term["chain"], term["chain"][1:]):
-                yield _difference(a, b, subset)
-    elif keys == {"best", "of", "in"}:
-        for subset in term["in"]:
-            for other in term["of"]:
-                yield _difference(term["best"], other, subset)
-    elif keys == {"close", "within", "in"}:
-        for subset in term["in"]:
-            yield _difference(*term["close"], subset, low=-term["within"], high=term["within"])
-    elif keys == {"gain", "falls_over"}:
-        a, b = term["gain"]
-        for s, t in zip(term["falls_over"], term["falls_over"][1:]):
-            weights = {(a, s): 1.0, (b, s): -1.0, (a, t): -1.0, (b, t): 1.0}
-            yield Comparison(f"{a} − {b}: {s} − {t}", weights)
-    elif keys == {"row", "of"}:
-        for config in term["of"]:
-            for s, t in zip(term["row"], term["row"][1:]):
-                yield Comparison(f"{config}: {s} − {t}", {(config, s): 1.0, (config, t): -1.0})
-    elif keys == {"weighted", "of", "above"}:
-        for config in term["of"]:
-            weights = {(config, subset): float(weight) for subset, weight in term["weighted"].items()}
-            yield Comparison(f"{config}: {_sum(term['weighted'])}", weights, low=term["above"])
-    elif keys == {"combined", "in", "above"}:
-        for subset in term["in"]:
-            weights = {(config, subset): float(weight) for config, weight in term["combined"].items()}
-            yield Comparison(f"{_sum(term['combined'])}, {subset}", weights, low=term["above"])
-    elif keys - {"less"} in ({"rises", "in"}, {"falls", "in"}):
-        direction = "rises" if "rises" in keys else "falls"
-        for subset in term["in"]:
-            weights = _slope(term[direction], subset, 1.0 if direction == "rises" else -1.0)
-            label = f"{direction[:-1]} of {term[direction][0]} to {term[direction][-1]} a step"
-            if "less" in keys:
-                weights.update(_slope(term["less"], subset, -1.0 if direction == "rises" else 1.0))
-                label += f", less that of {term['less'][0]} to {term['less'][-1]}"
-            yield Comparison(f"{label}, {subset}", weights)
-    else:
-        raise ValueError(f"ordering {ordering}: expected a term as at the head of orderings.yaml, got {dict(term)}")
-
-
-def _difference(a: str, b: str, subset: str, low: float = 0.0, high: float = math.inf) -> Comparison:
-    return Comparison(f"{a} − {b}, {subset}", {(a, subset): 1.0, (b, subset): -1.0}, low, high)
-
-
-def _slope(configs: Sequence[str], subset: str, sign: float) -> dict[tuple[str, str], float]:
-    """Weights whose sum is the slope of the least-squares line through the points at 0, 1, 2, ..."""
-    steps = np.arange(len(configs)) - (len(configs) - 1) / 2
-    slopes = sign * steps / (steps**2).sum()
-    return {(config, subset): float(weight) for config, weight in zip(configs, slopes)}
-
-
-def _sum(weights: Mapping[str, float]) -> str:
-    """'a + b − 3 c' of {a: 1, b: 1, c: −3}."""
-    parts = []
-    for name, weight in weights.items():
-        factor = "" if abs(weight) == 1 else f"{abs(weight):g} "
-        parts.append(f"{'−' if weight < 0 else '+'} {factor}{name}")
-    return " ".join(parts).removeprefix("+ ")
 
 
 def _rounded(value: float | None) -> float | None:

@@ -33,6 +33,17 @@ class GroupSamplingRCNN(GeneralizedRCNN):
 
 def _prepare_weights(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
     if not prefix:  # not as a part of another model
+        # It changes the shape of the second stage's outputs, and Detectron2's checkpointer leaves out what has another
+        # shape before the model is asked.
+        predictor = "roi_heads.box_predictor."
+        is_torchvision = any(name.startswith(("rpn.head.", "backbone.body.")) for name in state_dict)
+        names = {f"{predictor}{layer}.weight" for layer in ("cls_score", "bbox_pred")}
+        if is_torchvision and len(names & state_dict.keys()) == 1:
+            raise ConfigError(
+                "MODEL.WEIGHTS: the torchvision engine's weights of a second stage cannot be converted by Detectron2's "
+                "checkpointer. Load them with GroupSamplingCheckpointer, or convert the file first: "
+                "python -m group_sampling.checkpoint SOURCE TARGET --engine detectron2"
+            )
         convert_in_place(state_dict, "detectron2", model)
         refuse_partial_weights(state_dict, model)
 

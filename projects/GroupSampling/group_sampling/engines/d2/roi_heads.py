@@ -14,7 +14,7 @@ from torch import Tensor
 from ...losses import box_loss
 from ...roi_sampling import ProposalSample, ProposalSampler, build_proposal_sampler
 from .data import ignore_boxes_of
-from .rpn import log_counts
+from .rpn import log_counts, refuse_partial_load
 
 
 class GroupedFastRCNNOutputLayers(FastRCNNOutputLayers):
@@ -83,6 +83,7 @@ class GroupedROIHeads(StandardROIHeads):
         """
         super().__init__(**kwargs)
         self.sampler = sampler
+        self.register_load_state_dict_pre_hook(refuse_partial_load)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):

@@ -9,7 +9,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import head
 from ...anchors import AnchorGrid
@@ -19,13 +19,7 @@ from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import select_proposals
 from ...samplers import build_anchor_sampler, name_counts
-from ..build import (
-    LOG_PERIOD,
-    SINGLE_STAGE_HEADS,
-    AnchorLayout,
-    build_criterion,
-    common_channels,
-)
+from ..build import LOG_PERIOD, SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .data import ignore_boxes_of
 
 
@@ -34,6 +28,11 @@ def log_counts(storage: EventStorage, stage: str, scales: Sequence[float], num_p
     if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
         for name, count in name_counts(stage, scales, num_pos.tolist(), num_neg.tolist()).items():
             storage.put_scalar(name, count)
+
+
+def refuse_partial_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    """Load hook for a part of Detectron2's own meta-architectures, where missing weights are logged and no more."""
+    refuse_partial_weights(state_dict, module, prefix=prefix)
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -108,7 +107,7 @@ class GroupSamplingRPN(RPN):
             )
         # They stay on the CPU, so that grid() waits for no GPU.
         self._base_boxes = [boxes.clone() for boxes in generator.cell_anchors]
-        self.register_load_state_dict_pre_hook(_refuse_partial_weights)
+        self.register_load_state_dict_pre_hook(refuse_partial_load)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
@@ -145,7 +144,7 @@ class GroupSamplingRPN(RPN):
         if self.training and gt_instances is None:
             raise ValueError("GroupSamplingRPN: expected gt_instances while training, got None")
         if self.training and self.single_stage and isinstance(self.rpn_head, head.SoftmaxRPNHead):
-            losses = self._losses(grid, self.rpn_head.predictor(features), gt_instances)
+            losses = self._losses(grid, self.rpn_head.predictor(features, grid), gt_instances)
             return [Instances(size) for size in images.image_sizes], losses
 
         logits, deltas = flatten_predictions(*self.rpn_head(features))
@@ -187,8 +186,3 @@ class GroupSamplingRPN(RPN):
             storage.put_scalar("time_assign", seconds)
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
-
-
-def _refuse_partial_weights(rpn: GroupSamplingRPN, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-    """Load hook. It speaks up in Detectron2's own meta-architectures, which only log what they do not find."""
-    refuse_partial_weights(state_dict, rpn, prefix=prefix)

@@ -5,7 +5,9 @@ import functools
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 
+import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
 import numpy as np
 import torch
@@ -21,14 +23,6 @@ from detectron2.evaluation import (
     print_csv_format,
     verify_results,
 )
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    RPN_HEAD_REGISTRY,
-)
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
@@ -36,7 +30,14 @@ from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
-from ..build import build_training_loader, check_config, check_datasets, resolve_seed
+from ..build import (
+    build_training_loader,
+    check_config,
+    check_datasets,
+    config_to_evaluate,
+    describe_training,
+    resolve_seed,
+)
 from ..launch import launch
 from ..step import FiniteLossGuard, is_due
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
@@ -55,12 +56,12 @@ _REPLACED_KEYS = (
     "TEST.AUG.ENABLED",
 )
 _REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
 }
 
 
@@ -127,13 +128,16 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
+        devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         self._guard = FiniteLossGuard(optimizer)
         model.register_forward_hook(functools.partial(_watch_losses, self._guard))
         self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if comm.is_main_process():
+            sources = [find_source(cfg, name) for name in cfg.DATASETS.TRAIN]
+            self.checkpointer.description = describe_training(cfg, get_cfg(), sources)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -227,8 +231,11 @@ def _watch_losses(
         guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
 
 
-def load_config(config_file: str, opts: list[str]) -> CfgNode:
+def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run: Detectron2's keys and this project's.
+
+    Args:
+        saved: the config of a checkpoint, of either engine, on which file and ``opts`` build.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be used.
@@ -236,7 +243,7 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_group_sampling_config(cfg)
     defaults = cfg.clone()
-    merge_config(cfg, config_file, opts)
+    merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
     check_values(
         cfg,
@@ -283,6 +290,6 @@ def main(args: argparse.Namespace) -> dict | None:
         ConfigError: the config or the number of processes is not usable here.
         MissingDatasetError: files of a data set are missing.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
     return launch(_work, cfg, args)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -25,28 +25,23 @@ _ETA_WINDOW = 1000  # iterations
 def logging_to(folder: str, rank: int) -> Iterator[None]:
     """Log to ``folder/log.txt`` and, on the main process, to the console; other ranks write ``log.txt.rank<r>``."""
     os.makedirs(folder, exist_ok=True)
-    handlers: list[logging.Handler] = [
-        logging.FileHandler(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"), encoding="utf-8")
-    ]
+    file = os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt")
+    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8")]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
-    loggers = [logging.getLogger(name) for name in ("group_sampling", "fvcore")]
-    levels = [log.level for log in loggers]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
-    for log in loggers:
-        log.setLevel(logging.INFO)
+    with ExitStack() as stack:
         for handler in handlers:
-            log.addHandler(handler)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels):
-            log.setLevel(level)
+            stack.callback(handler.close)
+            handler.setFormatter(
+                logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
+            )
+        for log in map(logging.getLogger, ("group_sampling", "fvcore")):
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.INFO)
             for handler in handlers:
-                log.removeHandler(handler)
-        for handler in handlers:
-            handler.close()
+                stack.callback(log.removeHandler, handler)
+                log.addHandler(handler)
+        yield
 
 
 class MetricWriter:

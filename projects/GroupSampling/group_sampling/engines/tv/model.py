@@ -54,23 +54,35 @@ class NormalizeAndPad(GeneralizedRCNNTransform):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
-    def normalize(self, image: Tensor) -> Tensor:
-        if not image.is_floating_point():
-            raise TypeError(f"NormalizeAndPad: expected images of a floating-point type, got {image.dtype}")
-        mean, std = (value.to(image.dtype)[:, None, None] for value in (self.mean, self.std))
-        return (image - mean) / std
-
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """
+        Raises:
+            TypeError: neither uint8 nor float.
+            ValueError: in eval mode, float values of [0, 1] rather than [0, 255].
+        """
+        if image.dtype == torch.uint8:
+            image = image.float()
+        elif not image.is_floating_point():
+            raise TypeError(f"image: expected uint8 or float with values in [0, 255], got {image.dtype}")
+        is_eager = not (self.training or torch.jit.is_tracing() or torch.compiler.is_compiling())
+        # Pixels of [0, 255] may all be 0 or 1; fractions up to 1 are torchvision's range.
+        if is_eager and bool((image <= 1).all() & (image != image.round()).any()):
+            raise ValueError("image: expected values in [0, 255], got fractions in [0, 1]; multiply them by 255")
+        mean, std = (value.to(image.dtype)[:, None, None] for value in (self.mean, self.std))
+        return (image - mean) / std
 
 
 class GroupSamplingRCNN(GeneralizedRCNN):
     """``GeneralizedRCNN`` with this engine's components.
 
-    Takes a list of (3, H, W) float RGB images with values in [0, 255] and, while training, a target for each: "boxes"
-    (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,), 0 ... K - 1. Returns
-    the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a second stage, while
-    training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the image given.
+    Takes a list of (3, H, W) RGB images, uint8 or float, with values in [0, 255] and, while training, a target for
+    each: "boxes" (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,),
+    0 ... K - 1. Returns the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a
+    second stage, while training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the
+    image given.
     """
 
     def forward(

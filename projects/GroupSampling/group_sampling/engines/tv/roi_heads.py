@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import RoIAlign, batched_nms, clip_boxes_to_image
 
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
@@ -17,7 +17,7 @@ from ...samplers import name_counts
 from .sampling import SamplingModule
 
 
-class SingleLevelRoIAlign(nn.Module):
+class SingleLevelRoIAlign(RoIAlign):
     """RoIAlign on one feature, equal to Detectron2's ``ROIAlignV2``.
 
     Args:
@@ -28,22 +28,12 @@ class SingleLevelRoIAlign(nn.Module):
     """
 
     def __init__(self, feature: str, stride: int, resolution: int, sampling_ratio: int = 0):
-        super().__init__()
+        super().__init__((resolution, resolution), 1 / stride, sampling_ratio, aligned=True)
         self.feature = feature
-        self.stride = stride
-        self.resolution = resolution
-        self.sampling_ratio = sampling_ratio
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """(R, C, resolution, resolution) of all ``boxes``, per image (n, 4) XYXY in pixels, R altogether."""
-        return roi_align(
-            features[self.feature],
-            boxes,
-            (self.resolution, self.resolution),
-            spatial_scale=1 / self.stride,
-            sampling_ratio=self.sampling_ratio,
-            aligned=True,
-        )
+        return super().forward(features[self.feature], boxes)
 
 
 class GroupedRoIHeads(SamplingModule, RoIHeads):

@@ -75,7 +75,7 @@ class GroupSamplingRPN(SamplingModule, RegionProposalNetwork):
         if self.training and targets is None:
             raise ValueError("GroupSamplingRPN needs targets while training")
         if self.training and self.single_stage:
-            return [], self._losses(grid, self.head.predictor(levels), targets)
+            return [], self._losses(grid, self.head.predictor(levels, grid), targets)
         logits, deltas = flatten_predictions(*self.head(levels))
         losses = self._losses(grid, predict_from(logits, deltas), targets) if self.training else {}
         proposals = select_proposals(

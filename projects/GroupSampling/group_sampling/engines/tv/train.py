@@ -37,12 +37,13 @@ from ..build import (
     build_test_transform,
     build_training_loader,
     check_datasets,
-    load_records,
+    config_to_evaluate,
+    describe_training,
     resolve_seed,
 )
 from ..launch import launch
 from ..step import FiniteLossGuard, is_due
-from .config import load_config
+from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
 from .tta import GroupSamplingTTA
@@ -129,6 +130,9 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     schedule = build_lr_schedule(cfg)
     is_main, max_iter = rank() == 0, cfg.SOLVER.MAX_ITER
     checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, optimizer=optimizer)
+    catalog = Catalog(cfg.DATASETS)
+    sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
+    checkpointer.description = describe_training(cfg, get_cfg(), sources)
     resume = resume and checkpointer.has_checkpoint()
     saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter = saved["iteration"] + 1 if resume else 0
@@ -136,7 +140,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count
 
-    records = load_records(cfg, cfg.DATASETS.TRAIN)
+    records = [record for source in sources for record in source.records]
     loader = build_training_loader(cfg, records, to_example, start_iter=start_iter)
     parallel: nn.Module = model
     if world_size() > 1:
@@ -309,6 +313,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         ConfigError: the config or the number of processes is not usable here.
         MissingDatasetError: files of a data set are missing.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
     return launch(_work, cfg, args)

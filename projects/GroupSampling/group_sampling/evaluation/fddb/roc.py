@@ -1,68 +1,29 @@
 """Discrete and continuous ROC by the FDDB protocol (Jain and Learned-Miller, UM-CS-2010-009, Sec. 4)."""
 
-import io
-import json
-import math
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from ...data.fddb import MAX_COORDINATE, FDDBImage, read_annotations
-from ...files import write_atomically
+from ...data.fddb import MAX_COORDINATE, MAX_IMAGE_SIDE, FDDBImage, read_annotations
+from ...data.images import image_size
+from ...data.records import ImageRecord
+from ...detections import Detections
+from ..results import check_new_image
 from .regions import Spans, ellipse_spans, overlaps, rectangle_spans
 from .regressor import EllipseRegressor
+from .result import FDDBResult, RocCurves
 
-# False positives, over all images, at which papers state the true positive rate.
-OPERATING_POINTS = (200, 500, 1000)
+logger = logging.getLogger(__name__)
 
+_IOU_THRESH = 0.5
 
-@dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
-class FDDBResult:
-    """Outcome of :meth:`FDDBRoc.compute`: p points of the ROC curves, from the highest score threshold to the lowest.
-
-    The first point is the origin, at the threshold inf; then there is one for each score that occurs. True positive
-    rates are nan where nothing is annotated.
-
-    Attributes:
-        thresholds: (p,) float64, scores.
-        false_positives: (p,) int64, over all images; the same for both curves.
-        discrete: (p,) float64, share of the faces that a detection overlaps with IoU above 0.5.
-        continuous: (p,) float64, the IoUs of the matched pairs by the number of faces.
-        counts: ``images``, ``faces``, ``detections`` and ``images_without_predictions``.
-        iou_thresh: a match counts as discrete true positive above it.
-    """
-
-    thresholds: NDArray[np.float64]
-    false_positives: NDArray[np.int64]
-    discrete: NDArray[np.float64]
-    continuous: NDArray[np.float64]
-    counts: dict[str, int]
-    iou_thresh: float
-
-    def at(self, num_false_positives: int) -> tuple[float, float]:
-        """The highest discrete and continuous true positive rate with at most so many false positives."""
-        allowed = self.false_positives <= num_false_positives
-        return float(self.discrete[allowed].max()), float(self.continuous[allowed].max())
-
-    def to_dict(self) -> dict:
-        """Everything but the curves, for JSON; an undefined rate becomes None."""
-        rates = {str(number): [_or_none(rate) for rate in self.at(number)] for number in OPERATING_POINTS}
-        return {
-            "iou_thresh": self.iou_thresh,
-            "discrete": {number: rate for number, (rate, _) in rates.items()},
-            "continuous": {number: rate for number, (_, rate) in rates.items()},
-            "final": {
-                "discrete": _or_none(float(self.discrete[-1])),
-                "continuous": _or_none(float(self.continuous[-1])),
-                "false_positives": int(self.false_positives[-1]),
-            },
-            "counts": self.counts,
-        }
+# What takes the place of the rectangles: nothing, ellipses by a regressor, or by regressors fitted to FDDB itself.
+Ellipse: TypeAlias = EllipseRegressor | Literal["none", "fitted"]
 
 
 class FDDBRoc:
@@ -79,16 +40,17 @@ class FDDBRoc:
         images: the annotation, with sizes.
 
     Raises:
-        ValueError: two images have the same id, or one has no size.
+        ValueError: two images have the same id, or one has no size or an unreasonable one.
     """
 
     def __init__(self, images: Iterable[FDDBImage]) -> None:
         self._images: dict[str, FDDBImage] = {}
         for image in images:
             if image.image_id in self._images:
-                raise ValueError(f"two images have the image_id {image.image_id!r}")
-            if image.size is None:
-                raise ValueError(f"image {image.image_id!r}: expected its height and width, got none")
+                raise ValueError(f"images: expected each image once, got {image.image_id!r} again")
+            if image.size is None or max(image.size) > MAX_IMAGE_SIDE:
+                limit = f"a height and width of at most {MAX_IMAGE_SIDE} pixels"
+                raise ValueError(f"image {image.image_id!r}: expected {limit}, got {image.size}")
             self._images[image.image_id] = image
         self._faces: dict[str, Spans] = {}  # filled when needed
         self._detections: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
@@ -98,35 +60,42 @@ class FDDBRoc:
         """Build from the published folds, as :func:`~group_sampling.data.fddb.read_annotations` reads them.
 
         Raises:
-            FileNotFoundError, ValueError: as there; also when neither ``image_sizes.csv`` nor ``image_root`` is given.
+            FileNotFoundError, UnreadableImageError, ValueError: as there; also when neither ``image_sizes.csv`` nor
+                ``image_root`` is given.
         """
         images = read_annotations(folder, image_root)
         if any(image.size is None for image in images):
-            raise ValueError(
-                f"{folder}: the sizes of the images are needed: give their folder, or image_sizes.csv there"
-            )
+            raise ValueError(f"{folder}: expected image_sizes.csv, or the folder of the images, got neither")
         return cls(images)
+
+    @classmethod
+    def from_records(cls, records: Iterable[ImageRecord]) -> "FDDBRoc":
+        """Build from the records of the data set; sizes that it does not tell are read from the images' headers.
+
+        Raises:
+            UnreadableImageError: the size of an image has to be read and cannot be.
+            ValueError: as the constructor.
+        """
+        return cls(replace(record.annotation, size=image_size(record)) for record in records)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self._images)
 
-    def update(self, image_id: str, boxes: ArrayLike, scores: ArrayLike) -> None:
+    def update(self, image_id: str, detections: Detections) -> None:
         """Add the detections of one image. An image without an update is one without detections.
 
         Args:
             image_id: an image of the annotation.
-            boxes: (k, 4) XYXY in pixels, arrays or CPU tensors; k may be 0. Copied.
-            scores: (k,) finite, any range.
+            detections: k of them, arrays or CPU tensors; k may be 0. Copied. Boxes are in pixels, scores finite and of
+                any range; the rest is not read.
 
         Raises:
             ValueError: the image is unknown or was updated before, a shape is wrong, a box is inverted, not finite or
                 beyond a million pixels, or a score is not finite; nothing is added then.
         """
-        if image_id not in self._images:
-            raise ValueError(f"predictions for image {image_id!r}, which is not in the ground truth")
-        if image_id in self._detections:
-            raise ValueError(f"second predictions for image {image_id!r}; an image is updated once")
+        check_new_image(image_id, self._images, self._detections)
+        boxes, scores, *_ = detections
         boxes = np.array(boxes, dtype=np.float64)
         boxes = boxes if boxes.size else np.empty((0, 4))
         scores = np.array(scores, dtype=np.float64)
@@ -145,11 +114,31 @@ class FDDBRoc:
 
     def compute(
         self,
-        ellipse: EllipseRegressor | Literal["none", "fitted"] = "none",
+        ellipses: Mapping[str, Ellipse] | None = None,
         *,
         progress: Callable[[Iterable], Iterable] = iter,
     ) -> FDDBResult:
         """Evaluate what was added so far; more updates may follow.
+
+        Args:
+            ellipses: name -> what takes the place of the rectangles, see :meth:`curves`. None: the rectangles, and
+                fitted ellipses unless too few faces are found to fit them, which is logged.
+            progress: wraps the iteration over the images, such as ``tqdm``.
+
+        Raises:
+            ValueError: as :meth:`curves`.
+        """
+        if ellipses is not None:
+            return FDDBResult({name: self.curves(ellipse, progress=progress) for name, ellipse in ellipses.items()})
+        curves = {"rectangles": self.curves("none", progress=progress)}
+        try:
+            curves["fitted ellipses"] = self.curves("fitted", progress=progress)
+        except ValueError as error:
+            logger.warning(f"FDDB: no fitted ellipses: {error}")
+        return FDDBResult(curves)
+
+    def curves(self, ellipse: Ellipse = "none", *, progress: Callable[[Iterable], Iterable] = iter) -> RocCurves:
+        """The ROC curves of what was added so far.
 
         Args:
             ellipse: what takes the place of the rectangles.
@@ -170,7 +159,7 @@ class FDDBRoc:
         elif ellipse == "none":
             regressors = {}
         else:
-            raise ValueError(f"ellipse must be 'none', 'fitted' or an EllipseRegressor, got {ellipse!r}")
+            raise ValueError(f"ellipse: expected 'none', 'fitted' or an EllipseRegressor, got {ellipse!r}")
 
         steps = [np.empty((0, 4))]
         for image_id, (boxes, scores) in progress(self._detections.items()):
@@ -187,7 +176,7 @@ class FDDBRoc:
             "images_without_predictions": len(self._images)
             - sum(len(scores) > 0 for _, scores in self._detections.values()),
         }
-        return FDDBResult(thresholds, (num_detections - discrete).astype(np.int64), *rates, counts, _IOU_THRESH)
+        return RocCurves(thresholds, (num_detections - discrete).astype(np.int64), *rates, counts, _IOU_THRESH)
 
     def _overlaps(
         self, image: FDDBImage, boxes: NDArray[np.float64], regressor: EllipseRegressor | None
@@ -222,53 +211,6 @@ class FDDBRoc:
             except ValueError as error:
                 raise ValueError(f"cannot fit ellipses for fold {fold} to the other folds: {error}") from error
         return regressors
-
-
-def table(results: Mapping[str, FDDBResult]) -> str:
-    """Aligned text table, a line per result: true positive rates in percent at the usual false positives, and the last
-    point of the curve. A rate at more false positives than the curve has is the one of its last point."""
-    width = max(len("ellipse"), *map(len, results))
-    points = "".join(f"{number:>7,}" for number in OPERATING_POINTS)
-    head = f"{'':<{width}}  {'discrete TPR (%) at FP':<{len(points)}}  {'continuous TPR (%) at FP':<{len(points)}}"
-    lines = [head.rstrip(), f"{'ellipse':<{width}}  {points}  {points}    last FP"]
-    for name, result in results.items():
-        rates = np.array([result.at(number) for number in OPERATING_POINTS]).T
-        columns = ["".join(f"{'n/a' if math.isnan(rate) else f'{100 * rate:.2f}':>7}" for rate in row) for row in rates]
-        lines.append(f"{name:<{width}}  {columns[0]}  {columns[1]}  {result.false_positives[-1]:>9,}")
-    return "\n".join(lines)
-
-
-def write_json(path: str | os.PathLike, results: Mapping[str, FDDBResult]) -> None:
-    """Write everything but the curves, atomically."""
-    content = {"protocol": "FDDB", "results": {name: result.to_dict() for name, result in results.items()}}
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def plot(path: str | os.PathLike, results: Mapping[str, FDDBResult], title: str = "FDDB") -> None:
-    """Draw the discrete and the continuous ROC curves, atomically; the suffix gives the format (PNG without one)."""
-    from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
-
-    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05)
-    figure.suptitle(title)
-    end = max(*OPERATING_POINTS, *(int(result.false_positives[-1]) for result in results.values()))
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("discrete", "continuous")):
-        for index, (name, result) in enumerate(results.items()):
-            rate = getattr(result, kind)
-            label = f"{name} ({result.at(OPERATING_POINTS[0])[kind == 'continuous']:.3f} at {OPERATING_POINTS[0]} FP)"
-            axes.plot(result.false_positives, rate, color=f"C{index}", label=label)
-            axes.plot(result.false_positives[-1:], rate[-1:], "o", color=f"C{index}", markersize=4)
-        axes.set(xlim=(0, 1.02 * end), ylim=(0, 1), xlabel="False positives", title=f"{kind.capitalize()} score")
-        axes.set_xticks([0, *OPERATING_POINTS] if end <= 2 * OPERATING_POINTS[-1] else axes.get_xticks())
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.axes[0].set_ylabel("True positive rate")
-    image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix[1:] or "png")
-    write_atomically(path, image.getvalue())
-
-
-_IOU_THRESH = 0.5
 
 
 def _match(iou: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -318,7 +260,3 @@ def _accumulate(steps: NDArray[np.float64]) -> NDArray[np.float64]:
     totals = np.cumsum(steps, axis=0)[last]
     totals[:, 0] = steps[last, 0]
     return np.concatenate([[[np.inf, 0, 0, 0]], totals]).T
-
-
-def _or_none(rate: float) -> float | None:
-    return None if math.isnan(rate) else rate

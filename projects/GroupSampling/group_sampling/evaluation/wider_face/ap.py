@@ -1,21 +1,19 @@
 """Average precision by the WIDER FACE protocol: Easy, Medium, Hard, All and per anchor scale (paper, Sec. 6.1)."""
 
-import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...files import write_atomically
+from ...data.records import ImageRecord
+from ...detections import Detections
+from ...scales import scale_borders
+from ..results import Curve, check_new_image
 from .ground_truth import read_official_ground_truth
-
-Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]  # recall and precision at each threshold
+from .result import WiderFaceResult, area_under_envelope
 
 # Pairs of a detection and a face whose IoU is computed at once: bounds memory, and the temporaries stay in the cache.
 _PAIRS_PER_BLOCK = 1 << 15
@@ -23,8 +21,8 @@ _PAIRS_PER_BLOCK = 1 << 15
 _MAX_COORDINATE = 1e9
 
 
-class _Detections(NamedTuple):
-    """Detections of one image."""
+class _Matched(NamedTuple):
+    """What the curves need of the detections of one image."""
 
     scores: NDArray[np.float64]
     taken: NDArray[np.int32]  # index of the face that each takes, or the code of none
@@ -32,82 +30,15 @@ class _Detections(NamedTuple):
     size_ids: NDArray[np.int8]  # index of the scale nearest to the box
 
 
-_NO_DETECTIONS = _Detections(
+_NO_DETECTIONS = _Matched(
     np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int8)
 )
-
-
-@dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
-class WiderFaceResult:
-    """Outcome of :meth:`WiderFaceAP.compute`. Subsets come in the order in which they are reported.
-
-    Attributes:
-        ap: average precision in [0, 1] of each subset; nan where the subset has no face.
-        curves: (recall, precision) of each subset, float64 of shape (num_thresholds,), from the highest score threshold
-            to the lowest; precision is nan where nothing was detected, recall is nan where the subset has no face.
-        num_faces: faces counted in each subset.
-        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all (of which an
-            unmatched one of another size does not count in ``"size s"``).
-        counts: ``images``, ``faces`` (ignored ones included), ``detections``, ``images_without_predictions``,
-            ``images_without_faces`` (no box at all, not even an ignored one) and ``detections_without_faces`` on them.
-        iou_thresh: IoU from which a detection takes a face.
-    """
-
-    ap: dict[str, float]
-    curves: dict[str, Curve]
-    num_faces: dict[str, int]
-    num_detections: dict[str, int]
-    counts: dict[str, int]
-    iou_thresh: float
-
-    def table(self) -> str:
-        """Aligned text table, a line per subset: AP in percent (``n/a`` without a face), faces and detections."""
-        width = max(len("subset"), *map(len, self.ap))
-        lines = [f"{'subset':<{width}}  AP (%)    faces  detections"]
-        for name, ap in self.ap.items():
-            percent = "n/a" if math.isnan(ap) else f"{100 * ap:.2f}"
-            counts = f"{self.num_faces[name]:>7}  {self.num_detections[name]:>10}"
-            lines.append(f"{name.capitalize():<{width}}  {percent:>6}  {counts}")
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the curves, for JSON; an undefined AP becomes None."""
-        return {
-            "protocol": "WIDER FACE",
-            "iou_thresh": self.iou_thresh,
-            "ap": {name: None if math.isnan(ap) else ap for name, ap in self.ap.items()},
-            "num_faces": self.num_faces,
-            "num_detections": self.num_detections,
-            "counts": self.counts,
-        }
-
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write :meth:`as_dict` as JSON, atomically."""
-        write_atomically(path, (json.dumps(self.as_dict(), indent=2) + "\n").encode())
-
-    def plot(self, path: str | os.PathLike, title: str = "WIDER FACE") -> None:
-        """Draw the precision-recall curves, atomically; the suffix gives the format of the image (PNG without one)."""
-        from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
-
-        figure = Figure(figsize=(8.5, 6), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
-        for index, (name, (recall, precision)) in enumerate(self.curves.items()):
-            ap = "n/a" if math.isnan(self.ap[name]) else f"{100 * self.ap[name]:.1f}"
-            style = "--" if name.startswith("@") else "-"
-            axes.plot(recall, precision, style, color=f"C{index}", label=f"{name.capitalize()} (AP {ap})")
-            axes.plot(recall[-1:], precision[-1:], "o", color=f"C{index}", markersize=4)  # a curve may be one point
-        axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="Recall", ylabel="Precision", title=title)
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper")  # beside the axes: the curve of a poor detector may be anywhere
-        image = io.BytesIO()
-        figure.savefig(image, format=Path(path).suffix[1:] or "png")
-        write_atomically(path, image.getvalue())
 
 
 class WiderFaceAP:
     """Average precision by the WIDER FACE protocol, fed image by image.
 
-    The protocol, as its authors published it in MATLAB: scores are min-max normalised over the whole result set. In an
+    The protocol, as its authors published it in MATLAB: scores are min-max normalized over the whole result set. In an
     image, by descending score, each detection takes the face with the highest IoU (the first one on a tie), computed on
     pixels inclusive of both ends (the "+1" of width and height), if that IoU reaches ``iou_thresh``. When that face is
     not counted in the subset, the detection is left out; when it was taken before, the detection is a false positive.
@@ -126,14 +57,14 @@ class WiderFaceAP:
       that drops such boxes changes nothing.)
     - ``"@s"`` for each s of ``scales``: AP of one anchor scale on All. Detections with ``anchor_scales == s`` take
       part, faces count whose √(w·h) is nearest to s in log scale among ``scales`` (the smaller one on a tie), the other
-      faces are ignore regions. Scores keep the normalisation of the whole set: a threshold is the same score in every
+      faces are ignore regions. Scores keep the normalization of the whole set: a threshold is the same score in every
       curve. Reported when the updates give ``anchor_scales``. With a single scale it equals ``"all"``.
     - ``"size s"`` for each s of ``scales``, with ``by_size``: AP of one range of face sizes on All, for detections that
       do not say which anchor produced them. Faces count as for ``"@s"`` and the others are ignore regions; a detection
       without a face counts by its own √(w·h), as COCO has it for its area ranges. Not the paper's @s: there, a face
       that another scale's anchors detect is missed.
 
-    Memory: 14 bytes a detection, and about four times as much for the moment of ``compute``.
+    Memory: 14 bytes per detection, and about four times as much for the moment of ``compute``.
 
     Args:
         boxes: (m, 4) XYXY of the annotated faces of every image, by image id, in pixels; m may be 0. An empty or
@@ -161,12 +92,12 @@ class WiderFaceAP:
         num_thresholds: int = 1000,
     ) -> None:
         if not 0 < iou_thresh <= 1:
-            raise ValueError(f"iou_thresh must be in (0, 1], got {iou_thresh}")
+            raise ValueError(f"iou_thresh: expected a number in (0, 1], got {iou_thresh}")
         if num_thresholds < 1:
-            raise ValueError(f"num_thresholds must be at least 1, got {num_thresholds}")
+            raise ValueError(f"num_thresholds: expected at least 1, got {num_thresholds}")
         self._scales = np.asarray(scales, dtype=np.float64)
         if self._scales.ndim != 1 or len(self._scales) == 0 or not (np.diff(self._scales, prepend=0) > 0).all():
-            raise ValueError(f"scales must be positive and ascending, at least one, got {list(scales)}")
+            raise ValueError(f"scales: expected at least one, positive and ascending, got {list(scales)}")
         self._by_size = by_size
         self._iou_thresh = float(iou_thresh)
         self._num_thresholds = int(num_thresholds)
@@ -182,7 +113,7 @@ class WiderFaceAP:
         self._counted: dict[str, NDArray[np.bool_]] = {}
         for name, keep in (subsets or {}).items():
             if name == "all" or name.startswith("@"):
-                raise ValueError(f"subsets: the name {name!r} is taken")
+                raise ValueError(f"subsets: expected names other than 'all' and '@...', got {name!r}")
             self._counted[name] = _as_flags(keep, sizes, f"subset {name!r}", required=True) & valid
         width, height = faces[:, 2] - faces[:, 0], faces[:, 3] - faces[:, 1]
         self._counted["all"] = valid & (width > 0) & (height > 0)
@@ -190,12 +121,12 @@ class WiderFaceAP:
 
         self._background = self._num_faces
         self._no_face_in_image = self._num_faces + 1
-        self._updates: dict[str, _Detections] = {}
+        self._updates: dict[str, _Matched] = {}
         self._with_scales: bool | None = None  # None until an update tells
 
     @classmethod
-    def from_records(cls, records: Iterable[Any], **options: Any) -> "WiderFaceAP":
-        """Build from annotated images: objects with ``image_id``, ``boxes`` (m, 4) XYXY and ``ignore`` (m,) bool.
+    def from_records(cls, records: Iterable[ImageRecord], **options: Any) -> "WiderFaceAP":
+        """Build from annotated images; regions to ignore are ignored faces.
 
         ``options`` are the keyword arguments of the constructor. No Easy, Medium and Hard.
 
@@ -205,7 +136,7 @@ class WiderFaceAP:
         boxes, ignore = {}, {}
         for record in records:
             if record.image_id in boxes:
-                raise ValueError(f"two records have the image_id {record.image_id!r}")
+                raise ValueError(f"records: expected each image once, got {record.image_id!r} again")
             boxes[record.image_id], ignore[record.image_id] = record.boxes, record.ignore
         return cls(boxes, ignore=ignore, **options)
 
@@ -230,38 +161,34 @@ class WiderFaceAP:
         """Number of images."""
         return len(self._boxes)
 
-    def update(
-        self, image_id: str, boxes: ArrayLike, scores: ArrayLike, anchor_scales: ArrayLike | None = None
-    ) -> None:
+    def update(self, image_id: str, detections: Detections) -> None:
         """Add the detections of one image. An image without an update is one without detections.
 
         Args:
             image_id: an image of the ground truth.
-            boxes: (k, 4) XYXY in pixels of the annotated image, arrays or CPU tensors; k may be 0. Copied.
-            scores: (k,) finite, any range.
-            anchor_scales: (k,) the anchor scale that produced each detection, one of ``scales``. Given with all images
-                or with none; images without detections may leave it out.
+            detections: k of them, arrays or CPU tensors; k may be 0. Copied. Boxes are in pixels of the annotated
+                image, scores finite and of any range. ``anchor_scales``, each one of ``scales``, are given with all
+                images or with none; images without detections may leave them out. ``classes`` are not read.
 
         Raises:
             ValueError: the image is unknown or was updated before, a shape is wrong, a box is inverted or not finite, a
                 score is not finite, or an anchor scale is none of ``scales``; nothing is added then.
         """
-        if image_id not in self._boxes:
-            raise ValueError(f"predictions for image {image_id!r}, which is not in the ground truth")
-        if image_id in self._updates:
-            raise ValueError(f"second predictions for image {image_id!r}; an image is updated once")
+        check_new_image(image_id, self._boxes, self._updates)
+        boxes, scores, _, anchor_scales = detections
         what = f"predictions of image {image_id!r}"
         boxes = _as_boxes(boxes, what)
         inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
         if inverted.any():
             row = int(inverted.argmax())
-            raise ValueError(f"{what}: boxes[{row}] must have x1 <= x2 and y1 <= y2, got {boxes[row].tolist()}")
+            raise ValueError(f"{what}: boxes[{row}]: expected x1 <= x2 and y1 <= y2, got {boxes[row].tolist()}")
         scores = _as_vector(scores, len(boxes), f"{what}: scores")
         with_scales = self._with_scales
         if len(boxes) or anchor_scales is not None:
             with_scales = anchor_scales is not None
             if self._with_scales not in (None, with_scales):
-                raise ValueError(f"{what}: anchor_scales must be given with all images or with none")
+                got = "some" if with_scales else "none"
+                raise ValueError(f"{what}: anchor_scales: expected them with all images or with none, got {got} here")
         if anchor_scales is None:
             scale_ids = np.full(len(boxes), -1, dtype=np.int8)
         else:
@@ -269,7 +196,7 @@ class WiderFaceAP:
             is_scale = anchor_scales[:, None] == self._scales
             if not is_scale.any(axis=1).all():
                 value = anchor_scales[~is_scale.any(axis=1)][0]
-                raise ValueError(f"{what}: anchor_scales must be among {self._scales.tolist()}, got {value}")
+                raise ValueError(f"{what}: anchor_scales: expected one of {self._scales.tolist()}, got {value}")
             scale_ids = is_scale.argmax(axis=1).astype(np.int8)
 
         faces = self._boxes[image_id]
@@ -279,7 +206,7 @@ class WiderFaceAP:
         else:
             taken = np.full(len(boxes), self._no_face_in_image)
         size_ids = self._nearest_scale((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.int8)
-        self._updates[image_id] = _Detections(scores, taken.astype(np.int32), scale_ids, size_ids)
+        self._updates[image_id] = _Matched(scores, taken.astype(np.int32), scale_ids, size_ids)
         self._with_scales = with_scales
 
     def compute(self) -> WiderFaceResult:
@@ -293,7 +220,7 @@ class WiderFaceAP:
     def compute_by(self, group_of: Callable[[str], str]) -> dict[str, WiderFaceResult]:
         """Evaluate groups of images on their own, in the order of the ground truth.
 
-        Scores keep the normalisation of the whole set: a threshold is the same score in every group.
+        Scores keep the normalization of the whole set: a threshold is the same score in every group.
 
         Args:
             group_of: image id -> name of its group; for the events of WIDER FACE, what stands before the slash.
@@ -347,8 +274,7 @@ class WiderFaceAP:
 
     def _nearest_scale(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
         """Index of the scale that is nearest to √area in log scale, the smaller one on a tie."""
-        # √area is nearer to the larger of two neighbours when area exceeds their product.
-        return np.searchsorted(self._scales[:-1] * self._scales[1:], area, side="left")
+        return np.searchsorted(scale_borders(self._scales), area, side="left")
 
     def _score_range(self) -> tuple[float, float]:
         """Lowest and highest score of the set."""
@@ -356,17 +282,17 @@ class WiderFaceAP:
         lowest = min((float(s.min()) for s in scores), default=0.0)
         highest = max((float(s.max()) for s in scores), default=0.0)
         if math.isinf(highest - lowest):
-            raise ValueError(f"scores from {lowest} to {highest} span more than a double holds")
+            raise ValueError(f"scores: expected a range that a double holds, got {lowest} to {highest}")
         return lowest, highest
 
     def _threshold_ids(self, scores: NDArray[np.float64], score_range: tuple[float, float]) -> NDArray[np.intp]:
-        """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalised score reaches."""
+        """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalized score reaches."""
         lowest, highest = score_range
         span = highest - lowest
-        # Equal scores all normalise to 1: with or without them, there is one operating point.
-        normalised = (scores - lowest) / span if span > 0 else np.ones_like(scores)
+        # Equal scores all normalize to 1: with or without them, there is one operating point.
+        normalized = (scores - lowest) / span if span > 0 else np.ones_like(scores)
         thresholds = 1 - np.arange(1, self._num_thresholds + 1) / self._num_thresholds
-        return self._num_thresholds - np.searchsorted(thresholds[::-1], normalised, side="right")
+        return self._num_thresholds - np.searchsorted(thresholds[::-1], normalized, side="right")
 
     def _curve(
         self,
@@ -407,38 +333,28 @@ def _best_face(detections: NDArray[np.float64], faces: NDArray[np.float64], iou_
     return best
 
 
-def area_under_envelope(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
-    """Area under the precision envelope; nan without faces."""
-    if np.isnan(recall).any():
-        return math.nan
-    recall = np.concatenate([[0], recall, [1]])
-    precision = np.concatenate([[0], np.nan_to_num(precision), [0]])
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall) * envelope[1:]))
-
-
 def _as_boxes(value: ArrayLike, what: str) -> NDArray[np.float64]:
     """Copy to a (k, 4) float64 array; an empty value of any shape gives (0, 4)."""
     boxes = np.array(value, dtype=np.float64)
     if boxes.size == 0:
         return np.empty((0, 4))
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{what}: boxes must have shape (k, 4), got {boxes.shape}")
+        raise ValueError(f"{what}: boxes: expected shape (k, 4), got {boxes.shape}")
     bad = ~(np.abs(boxes) < _MAX_COORDINATE).all(axis=1)
     if bad.any():
         row = int(bad.argmax())
         limit = f"finite and below {_MAX_COORDINATE:g}"
-        raise ValueError(f"{what}: boxes[{row}] must be {limit}, got {boxes[row].tolist()}")
+        raise ValueError(f"{what}: boxes[{row}]: expected numbers {limit}, got {boxes[row].tolist()}")
     return boxes
 
 
 def _as_vector(value: ArrayLike, size: int, what: str) -> NDArray[np.float64]:
     vector = np.array(value, dtype=np.float64)
     if vector.shape != (size,):
-        raise ValueError(f"{what} must have shape ({size},), one per box, got {vector.shape}")
+        raise ValueError(f"{what}: expected shape ({size},), one per box, got {vector.shape}")
     finite = np.isfinite(vector)
     if not finite.all():
-        raise ValueError(f"{what} must be finite, got {vector[~finite][0]} at [{int((~finite).argmax())}]")
+        raise ValueError(f"{what}: expected finite numbers, got {vector[~finite][0]} at [{int((~finite).argmax())}]")
     return vector
 
 
@@ -448,13 +364,13 @@ def _as_flags(
     """The flags of all images in the order of ``sizes``; False for images without any, unless they are required."""
     unknown = next((image for image in flags if image not in sizes), None)
     if unknown is not None:
-        raise ValueError(f"{what}: image {unknown!r} is not in boxes")
+        raise ValueError(f"{what}: expected images of boxes, got {unknown!r}")
     parts = [np.empty(0, dtype=bool)]
     for image, size in sizes.items():
         if image not in flags and required:
-            raise ValueError(f"{what}: image {image!r} is missing")
+            raise ValueError(f"{what}: expected flags for every image, got none for {image!r}")
         part = np.asarray(flags[image] if image in flags else np.zeros(size, dtype=bool)).astype(bool)
         if part.shape != (size,):
-            raise ValueError(f"{what}: image {image!r} must have {size} flags, one per box, got shape {part.shape}")
+            raise ValueError(f"{what}: image {image!r}: expected {size} flags, one per box, got shape {part.shape}")
         parts.append(part)
     return np.concatenate(parts)

@@ -1,7 +1,6 @@
 """Precision-recall curves of several detectors in one figure, published ones among them."""
 
 import importlib.util
-import io
 import logging
 import math
 import os
@@ -13,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...files import write_atomically
+from ...files import save_figure
 from ..mat5 import MatValue, read_mat5
-from .ap import Curve, WiderFaceResult, area_under_envelope
+from ..results import Curve
+from .result import WiderFaceResult, area_under_envelope
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class PublishedCurve(NamedTuple):
 def read_published_curves(folder: str | os.PathLike) -> list[PublishedCurve]:
     """Read the curves that are published with the evaluation tools, ``<method>/wider_pr_info_*_<subset>_val.mat``.
 
-    Those of MATLAB 7.3 are HDF5 files, which the package h5py reads; without it they are left out, with a warning.
+    Those of MATLAB 7.3 are HDF5 files, which the package h5py reads; without it they are left out with a warning.
 
     Raises:
         FileNotFoundError: there is no such file below ``folder``.
@@ -48,7 +48,7 @@ def read_published_curves(folder: str | os.PathLike) -> list[PublishedCurve]:
     """
     files = sorted(file for file in Path(folder).rglob("*.mat") if _FILE_NAME.fullmatch(file.name))
     if not files:
-        raise FileNotFoundError(f"{folder}: expected <method>/wider_pr_info_*_{{easy,medium,hard}}_val.mat, found none")
+        raise FileNotFoundError(f"{folder}: expected <method>/wider_pr_info_*_{{easy,medium,hard}}_val.mat, got none")
     has_hdf5, curves, skipped = importlib.util.find_spec("h5py") is not None, [], set()
     for file in files:
         with open(file, "rb") as stream:
@@ -65,7 +65,7 @@ def read_published_curves(folder: str | os.PathLike) -> list[PublishedCurve]:
         curves.append(PublishedCurve(file.parent.name, subset, (recall, precision)))
     if skipped:
         logger.warning(
-            f"{folder}: {len(skipped)} methods left out, their files are HDF5 and need h5py (pip install h5py): "
+            f"{folder}: {len(skipped)} methods left out: their files are HDF5, which needs h5py (pip install h5py): "
             + ", ".join(sorted(skipped))
         )
     return curves
@@ -115,9 +115,7 @@ def plot_comparison(
         axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="Recall", ylabel="Precision", title=subset.capitalize())
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=7, ncols=num_columns, frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix[1:] or "png")
-    write_atomically(path, image.getvalue())
+    save_figure(figure, path)
 
 
 def _read_mat5(file: Path) -> "MatValue | None":

@@ -1,4 +1,4 @@
-"""Prediction files of the WIDER FACE format: a folder per event, and in it a text file per image.
+"""Prediction files of the WIDER FACE format: a folder per event with a text file per image.
 
 ``<event>/<image name without extension>.txt`` holds the image name, the number of detections and one line ``x y w h
 score`` for each: top-left corner, width and height in pixels. A data set without events has its files in one folder.
@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...detections import Detections
-from ...files import write_atomically
+from ...files import safe_relative_path, write_atomically
 
+# Hidden files, which readers skip, control characters, and the empty name.
+_UNUSABLE = re.compile(r"(^|/)\.|[\x00-\x1f\x7f]|^$")
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
 # About a million detections in one image; a file beyond it is damaged, or an archive made to exhaust memory.
 _MAX_FILE_BYTES = 64 << 20
@@ -39,8 +41,8 @@ _ARCHIVE_ERRORS = (
 def read_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detections]]:
     """Read a result set image by image, in the order of the folder (sorted) or archive.
 
-    Nothing is unpacked to disk. Files without the suffix ``.txt`` and hidden ones (``__MACOSX`` as well) are no
-    predictions and passed over. In an archive, folders above the events do not matter.
+    Nothing is unpacked to disk. Files without the suffix ``.txt`` and hidden ones (``__MACOSX`` as well) are
+    ignored. In an archive, folders above the events do not matter.
 
     Args:
         path: folder with a folder per event, or a ZIP or tar archive (also .gz, .bz2, .xz) of one.
@@ -63,11 +65,11 @@ def read_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detections]
         source = f"{path}/{name}"
         image_id = "/".join(PurePosixPath(name).parts[-2:]).removesuffix(".txt")
         if image_id in seen:
-            raise ValueError(f"{source}: image {image_id!r} was read before, from {seen[image_id]}")
+            raise ValueError(f"{source}: expected each image once, got {image_id!r} again, first in {seen[image_id]}")
         seen[image_id] = source
         yield image_id, Detections(*_parse(content, image_id.rsplit("/", 1)[-1], source))
     if not seen:
-        raise ValueError(f"{path}: expected files <event>/<image>.txt, found none")
+        raise ValueError(f"{path}: expected files <event>/<image>.txt, got none")
 
 
 def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, scores: ArrayLike) -> Path:
@@ -89,14 +91,14 @@ def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, 
         ValueError: ``image_id`` is not of that form or would leave ``root``, a shape is wrong, a number is not finite,
             or a box is inverted. Nothing is written then.
     """
-    parts = image_id.split("/")
-    if len(parts) > 2 or any(not part or part[0] == "." or re.search(r"[\\\x00-\x1f\x7f]", part) for part in parts):
-        raise ValueError(f"image_id must be [<event>/]<image name>, without a leading dot or '\\', got {image_id!r}")
-    stem = _IMAGE_SUFFIX.sub("", parts[-1])
+    relative = safe_relative_path(image_id)
+    if relative is None or str(relative) != image_id or len(relative.parts) > 2 or _UNUSABLE.search(image_id):
+        raise ValueError(f"image_id: expected [<event>/]<image name>, no leading dot or '\\', got {image_id!r}")
+    stem = _IMAGE_SUFFIX.sub("", relative.name)
     rows = result_rows(image_id, boxes, scores)
     rows = rows[np.argsort(-rows[:, 4], kind="stable")]
     lines = [stem, str(len(rows)), *(" ".join(map(repr, row)) for row in rows.tolist())]
-    path = Path(root, *parts[:-1], f"{stem}.txt")
+    path = Path(root, relative.with_name(f"{stem}.txt"))
     write_atomically(path, ("\n".join(lines) + "\n").encode())
     return path
 
@@ -232,7 +234,7 @@ def _errors_of_archive(path: Path) -> Iterator[None]:
 
 def _check_member(path: Path, name: str, *, is_link: bool) -> None:
     """Refuse what an honest archive of text files never holds, although nothing is unpacked."""
-    if is_link or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+    if is_link or safe_relative_path(name) is None:
         raise ValueError(f"{path}: expected files and folders under relative paths, got the unsafe member {name!r}")
 
 

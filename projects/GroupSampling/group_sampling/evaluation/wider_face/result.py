@@ -1,0 +1,81 @@
+"""What WIDER FACE's protocol yields: average precision and curves of every subset."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..results import Curve, none_if_nan, plot_pr_curves
+
+
+@dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
+class WiderFaceResult:
+    """Outcome of :meth:`WiderFaceAP.compute`. Subsets come in the order in which they are reported.
+
+    Attributes:
+        ap: average precision in [0, 1] of each subset; nan where the subset has no face.
+        curves: (recall, precision) of each subset, float64 of shape (num_thresholds,), from the highest score threshold
+            to the lowest; precision is nan where nothing was detected, recall is nan where the subset has no face.
+        num_faces: faces counted in each subset.
+        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all (of which an
+            unmatched one of another size does not count in ``"size s"``).
+        counts: ``images``, ``faces`` (ignored ones included), ``detections``, ``images_without_predictions``,
+            ``images_without_faces`` (no box at all, not even an ignored one) and ``detections_without_faces`` on them.
+        iou_thresh: IoU from which a detection takes a face.
+    """
+
+    ap: dict[str, float]
+    curves: dict[str, Curve]
+    num_faces: dict[str, int]
+    num_detections: dict[str, int]
+    counts: dict[str, int]
+    iou_thresh: float
+
+    def table(self) -> str:
+        """Aligned text table, one line per subset: AP in percent (``n/a`` without a face), faces and detections."""
+        width = max(len("subset"), *map(len, self.ap))
+        lines = [f"{'subset':<{width}}  AP (%)    faces  detections"]
+        for name, ap in self.ap.items():
+            percent = "n/a" if math.isnan(ap) else f"{100 * ap:.2f}"
+            counts = f"{self.num_faces[name]:>7}  {self.num_detections[name]:>10}"
+            lines.append(f"{name.capitalize():<{width}}  {percent:>6}  {counts}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the curves, for JSON; an undefined AP becomes None."""
+        return {
+            "protocol": "WIDER FACE",
+            "iou_thresh": self.iou_thresh,
+            "ap": {name: none_if_nan(ap) for name, ap in self.ap.items()},
+            "num_faces": self.num_faces,
+            "num_detections": self.num_detections,
+            "counts": self.counts,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """AP in percent: ``AP_all``, ``AP_easy``, ``AP@16``, ..."""
+        return {f"AP{name}" if name.startswith("@") else f"AP_{name}": 100 * ap for name, ap in self.ap.items()}
+
+    def plot(self, path: str | os.PathLike, title: str = "WIDER FACE") -> None:
+        """Draw the precision-recall curves, atomically; the suffix gives the format of the image (PNG without one)."""
+        curves, dashed = {}, set()
+        for name, curve in self.curves.items():
+            ap = "n/a" if math.isnan(self.ap[name]) else f"{100 * self.ap[name]:.1f}"
+            label = f"{name.capitalize()} (AP {ap})"
+            curves[label] = curve
+            if name.startswith("@"):
+                dashed.add(label)
+        plot_pr_curves(path, curves, title=title, dashed=dashed)
+
+
+def area_under_envelope(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
+    """Area under the precision envelope; nan without faces."""
+    if np.isnan(recall).any():
+        return math.nan
+    recall = np.concatenate([[0], recall, [1]])
+    precision = np.concatenate([[0], np.nan_to_num(precision), [0]])
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall) * envelope[1:]))

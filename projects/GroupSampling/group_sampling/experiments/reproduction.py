@@ -1,0 +1,188 @@
+"""The trainings behind the paper's tables and figures: what is run, what is complete, and what it gave."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from ..config import ConfigError, get_value
+from ..engines.tv.config import load_config
+from ..files import write_json
+from .jobs import Job, run_jobs
+from .rows import DETECTORS, EXPERIMENTS
+from .runs import Run
+
+TINY = "quick/tiny.yaml"  # below the folder of the configs
+# What "tiny" divides a row's numbers of samples by: anchors by the ratio of the image areas, RoIs by less, since a 32nd
+# of them would leave one face of every scale.
+COUNT_DIVISORS = {
+    "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP": 32,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
+    "MODEL.GROUP_SAMPLING.ROI_SAMPLES_PER_GROUP": 8,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+}
+MARKER = "reproduce.json"  # in a row's folder: its settings, and how long it took once it is complete
+
+
+class Reproduction:
+    """Trainings of the rows of the paper's tables and figures: which, where, with which settings.
+
+    Each row is one config, trained into its own folder for each seed. A row that several tables share is trained once,
+    a complete one is not repeated, and an interrupted one continues from its last checkpoint.
+
+    Args:
+        tables, figures: numbers, such as (1, 4) and (2, 4).
+        scale: "tiny", with the overrides of ``quick/tiny.yaml`` and the row's numbers of samples divided by
+            ``COUNT_DIVISORS``; or "wider", which changes nothing.
+        num_seeds: seeds 0, 1, ... of every row.
+        folder: what is written goes below ``folder / scale``.
+        configs: folder of the configs.
+        train_net: the training script; its folder is where it runs.
+        engine: "detectron2" or "torchvision".
+        opts: overrides KEY VALUE ... of every config.
+        num_gpus: of a training; None: 8 for "wider", one process for "tiny".
+        side_by_side: trainings at a time.
+
+    Raises:
+        ConfigError: a config is missing.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[int],
+        figures: Sequence[int],
+        *,
+        scale: str,
+        num_seeds: int,
+        folder: Path,
+        configs: Path,
+        train_net: Path,
+        engine: str,
+        opts: Sequence[str] = (),
+        num_gpus: int | None = None,
+        side_by_side: int = 1,
+    ) -> None:
+        self.scale = scale
+        self.folder = folder.resolve() / scale
+        self.engine = engine
+        self.seeds = list(range(num_seeds))
+        self.overrides = list(opts)
+        self._configs = configs
+        self._train_net = train_net
+        self._num_gpus = num_gpus or (8 if scale == "wider" else 1)
+        self._side_by_side = side_by_side
+        names = [f"table{number}" for number in tables] + (["figure4"] if 4 in figures else [])
+        self.experiments = {name: EXPERIMENTS[name] for name in dict.fromkeys(names)}
+        self.figure2_rows = DETECTORS if 2 in figures else ()
+        rows = [row for experiment in self.experiments.values() for row in experiment.rows]
+        self.configs = list(dict.fromkeys(row.config for row in rows))
+        needed = list(dict.fromkeys(self.configs + [row.config for row in self.figure2_rows]))
+        missing = [str(self._file(config)) for config in needed if not self._file(config).exists()]
+        if missing:
+            raise ConfigError("expected a config for every row, got none for:\n  " + "\n  ".join(missing))
+        self.opts = {config: scale_opts(configs, config, scale) + self.overrides for config in needed}
+        self.dataset = self.config(needed[0]).DATASETS.TEST[0]
+
+    def _file(self, config: str) -> Path:
+        return self._configs / f"{config}.yaml"
+
+    def config(self, config: str) -> CfgNode:
+        """The config of a row, as it is trained."""
+        # It is read here and runs elsewhere, so it does not matter that there may be no GPU here.
+        return load_config(str(self._file(config)), [*self.opts[config], "MODEL.DEVICE", "cpu"])
+
+    def run(self, config: str, seed: int) -> Run:
+        return Run(config, self.folder / config / f"seed{seed}")
+
+    def settings(self, config: str) -> dict:
+        """What a finished training must have been run with to count."""
+        return {"config": config, "engine": self.engine, "opts": self.opts[config]}
+
+    def marker(self, config: str, seed: int) -> dict | None:
+        """What the folder of a training says of it; None: it was never started.
+
+        Raises:
+            ConfigError: it was started with other settings.
+        """
+        file = self.run(config, seed).folder / MARKER
+        if not file.exists():
+            return None
+        content = json.loads(file.read_text())
+        settings = self.settings(config)
+        found = {key: content.get(key) for key in settings}
+        if found != settings:
+            raise ConfigError(
+                f"{file.parent}: expected a run with the settings\n  {settings}\ngot\n  {found}\n"
+                "Remove that folder, or name another --output."
+            )
+        return content
+
+    def ap(self, config: str, seed: int) -> dict[str, float] | None:
+        """AP in percent of every subset, or None: not run."""
+        marker = self.marker(config, seed)
+        if marker is None or "seconds" not in marker:
+            return None
+        ap = self.run(config, seed).results(self.dataset)["ap"]
+        return {subset: 100 * value for subset, value in ap.items() if value is not None}
+
+    def jobs(self) -> Iterator[tuple[Job, str]]:
+        """The trainings that are not complete, seed by seed, and their configs."""
+        for seed in self.seeds:
+            for config in self.configs:
+                marker = self.marker(config, seed)
+                if marker is not None and "seconds" in marker:
+                    continue
+                folder = self.run(config, seed).folder
+                command = [sys.executable, str(self._train_net), "--engine", self.engine, "--resume"]
+                command += ["--num-gpus", str(self._num_gpus), "--config-file", str(self._file(config))]
+                command += [*self.opts[config], "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+                yield Job(f"{config} seed {seed}", command, folder), config
+
+    def train(self) -> list[str]:
+        """Run what is not complete; returns what went wrong."""
+        jobs = list(self.jobs())
+        total = len(self.configs) * len(self.seeds)
+        print(f"engine {self.engine}: {total} trainings, {total - len(jobs)} of them complete in {self.folder}")
+        config_of = {job.folder: config for job, config in jobs}
+        for folder, config in config_of.items():
+            write_json(folder / MARKER, self.settings(config))
+        # One thread each: J processes with a pool of threads each would fight for the cores.
+        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.scale == "tiny" else {}
+        errors = []
+        outcomes = run_jobs(
+            [job for job, _ in jobs],
+            side_by_side=self._side_by_side,
+            working_directory=self._train_net.parent,
+            environment=environment,
+        )
+        for outcome in outcomes:
+            if outcome.error:
+                errors.append(outcome.error)
+                print(f"\n{outcome.error}", file=sys.stderr)
+                continue
+            settings = self.settings(config_of[outcome.job.folder])
+            write_json(outcome.job.folder / MARKER, {**settings, "seconds": round(outcome.seconds, 1)})
+        return errors
+
+
+def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
+    """The overrides KEY VALUE ... that turn a row's config into that of ``scale``."""
+    if scale == "wider":
+        return []
+    opts = [part for key, value in _flatten(yaml.safe_load((configs / TINY).read_text())) for part in (key, str(value))]
+    cfg = load_config(str(configs / f"{config}.yaml"), ["MODEL.DEVICE", "cpu"])
+    for key, divisor in COUNT_DIVISORS.items():
+        opts += [key, str(max(1, get_value(cfg, key) // divisor))]
+    return opts
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """("A.B", value) for every leaf of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

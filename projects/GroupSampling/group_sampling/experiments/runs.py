@@ -1,0 +1,58 @@
+"""What a training run leaves in its output folder, with either engine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..detections import Detections
+from ..evaluation import read_predictions
+
+
+def parse_metrics(text: str) -> list[dict]:
+    """The lines of a ``metrics.json``, or of its end; lines that are cut off or half written are left out."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """The output folder of one training run.
+
+    Attributes:
+        name: what the report calls it.
+        folder: its ``OUTPUT_DIR``: ``metrics.json`` and ``inference/<data set>/`` are read.
+    """
+
+    name: str
+    folder: Path
+
+    def metrics(self) -> list[dict]:
+        """The lines of ``metrics.json``."""
+        return parse_metrics((self.folder / "metrics.json").read_text())
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of one scalar."""
+        rows = [(row["iteration"], row[key]) for row in self.metrics() if key in row]
+        return [row[0] for row in rows], [row[1] for row in rows]
+
+    def samples_per_scale(self) -> dict[str, tuple[float, float]]:
+        """Anchor scale -> mean number of positives and negatives per image, over the whole run."""
+        keys = {key.split("@")[1] for row in self.metrics() for key in row if key.startswith("rpn/num_pos@")}
+        return {
+            scale: tuple(float(np.mean(self.series(f"rpn/{kind}@{scale}")[1])) for kind in ("num_pos", "num_neg"))
+            for scale in sorted(keys, key=float)
+        }
+
+    def results(self, dataset: str) -> dict:
+        return json.loads((self.folder / "inference" / dataset / "results.json").read_text())
+
+    def predictions(self, dataset: str) -> dict[str, Detections]:
+        """By image id; classes and anchor scales are unknown."""
+        return dict(read_predictions(self.folder / "inference" / dataset / "predictions"))

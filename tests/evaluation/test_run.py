@@ -1,0 +1,109 @@
+"""An evaluation from a data set's files to results: read once, the same files for every protocol."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from group_sampling.data.catalog import Catalog
+from group_sampling.detections import Detections
+from group_sampling.engines.tv.config import load_config
+from group_sampling.evaluation.run import Evaluation
+
+_opened = None
+
+
+def _note(event, arguments):
+    if event == "open" and _opened is not None:
+        _opened.append(str(arguments[0]))
+
+
+sys.addaudithook(_note)  # sees every open() of the process, whoever calls it; it cannot be removed
+
+
+@pytest.fixture
+def opened():
+    global _opened
+    _opened = []
+    yield _opened
+    _opened = None
+
+
+BOXES = {"1": [[10, 10, 40, 50], [60, 20, 90, 60]], "2": [[5, 5, 30, 40]]}
+
+
+def coco_set(folder):
+    images = [{"id": int(i), "file_name": f"{i}.jpg", "height": 100, "width": 120} for i in BOXES]
+    annotations = [
+        {"id": int(i) * 10 + k, "image_id": int(i), "category_id": 3, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for i, boxes in BOXES.items()
+        for k, (x1, y1, x2, y2) in enumerate(boxes)
+    ]
+    content = {"images": images, "categories": [{"id": 3, "name": "face"}], "annotations": annotations}
+    (folder / "faces.json").write_text(json.dumps(content))
+    (folder / "images").mkdir()
+    return "faces", ["DATASETS.COCO_FORMAT", f"(('faces', '{folder}/faces.json', '{folder}/images'),)"], ["faces.json"]
+
+
+def wider_set(folder):
+    lines = []
+    for image_id, boxes in BOXES.items():
+        rows = [f"{x1} {y1} {x2 - x1} {y2 - y1} 0 0 0 0 0 0" for x1, y1, x2, y2 in boxes]
+        lines += [f"{image_id}.jpg", str(len(rows)), *rows]
+    (folder / "gt.txt").write_text("\n".join(lines))
+    (folder / "images").mkdir()
+    return "faces", ["DATASETS.WIDER_FORMAT", f"(('faces', '{folder}/gt.txt', '{folder}/images'),)"], ["gt.txt"]
+
+
+def fddb_set(folder):
+    folds = folder / "fddb/FDDB-folds"
+    folds.mkdir(parents=True)
+    (folder / "fddb/originalPics").mkdir()
+    for fold, (image_id, boxes) in enumerate(BOXES.items(), 1):
+        rows = [f"{(y2 - y1) / 2} {(x2 - x1) / 2} 1.5708 {(x1 + x2) / 2} {(y1 + y2) / 2} 1" for x1, y1, x2, y2 in boxes]
+        text = "\n".join([image_id, str(len(rows)), *rows])
+        (folds / f"FDDB-fold-{fold:02d}-ellipseList.txt").write_text(text)
+        (folds / f"FDDB-fold-{fold:02d}.txt").write_text(image_id)
+    (folds / "image_sizes.csv").write_text("image,width,height\n1,120,100\n2,120,100\n")
+    return "fddb", [], sorted(path.name for path in folds.iterdir())
+
+
+@pytest.mark.parametrize(
+    "make, protocols, files",
+    [
+        (
+            coco_set,
+            {"coco", "wider_face"},
+            {"coco_results.json", "coco_pr_curves.png", "results.json", "pr_curves.png"},
+        ),
+        (wider_set, {"wider_face"}, {"results.json", "pr_curves.png"}),
+        (fddb_set, {"fddb"}, {"results.json", "roc.png"}),
+    ],
+)
+def test_annotations_are_read_once(tmp_path, monkeypatch, repository, opened, make, protocols, files):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    name, opts, annotations = make(tmp_path)
+    config = str(repository / "projects/GroupSampling/configs/fpn_finest_sampling.yaml")
+    cfg = load_config(
+        config, [*opts, "DATASETS.TEST", f"('{name}',)", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    )
+    source = Catalog(cfg.DATASETS)[name]
+    evaluation = Evaluation(cfg, source, None, resume=False)
+    assert [record.image_id for record in evaluation.share] == list(BOXES)
+    assert source.class_names == ("face",)
+    for record in evaluation.share:
+        boxes = np.float32(BOXES[record.image_id])
+        evaluation.add(record.image_id, Detections(boxes, np.float32([0.9] * len(boxes)), np.zeros(len(boxes), int)))
+    metrics = evaluation.finish()
+    read = [path.rsplit("/", 1)[-1] for path in opened]
+    assert [read.count(file) for file in annotations] == [1] * len(annotations)
+
+    assert set(metrics) == protocols
+    best = {"coco": "AP", "wider_face": "AP_all", "fddb": "discrete@200"}
+    assert {metrics[protocol][best[protocol]] for protocol in protocols} == {pytest.approx(100)}
+    folder = tmp_path / "inference" / name
+    assert files <= {path.name for path in folder.iterdir()}
+    for file in files:
+        content = (folder / file).read_bytes()
+        assert json.loads(content)["protocol"] if file.endswith(".json") else content.startswith(b"\x89PNG")

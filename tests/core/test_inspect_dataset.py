@@ -134,7 +134,7 @@ def test_command_on_files_that_are_broken(tmp_path):
     file.write_text(json.dumps(content))
     output = tmp_path / "out"
     result = run("--annotations", file, "--images", tmp_path, "--output", output, code=1)
-    assert "images cannot be used" in result.stderr.splitlines()[-1]
+    assert "3 images cannot be used" in result.stderr.splitlines()[-1]
     found = json.loads((output / "report.json").read_text())
     assert len(found["unreadable_images"]) == 3
     turned = "turned.png: expected 64x48 pixels as annotated, got 48x64 when upright"

@@ -167,9 +167,14 @@ class TrainLoader(DataLoader):
         num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
     """
 
-    def __init__(self, stream: TrainingStream, num_workers: int) -> None:
+    def __init__(self, stream: TrainingStream, num_workers: int, pin_memory: bool = False) -> None:
         super().__init__(
-            stream, batch_size=None, collate_fn=_identity, num_workers=num_workers, generator=_own_generator()
+            stream,
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=_own_generator(),
         )
         self.skipped_files: dict[str, str] = {}
         self.outside_boxes: dict[str, int] = {}
@@ -227,8 +232,13 @@ def build_train_loader(
     start_batch: int = 0,
     num_workers: int,
     max_bad_share: float,
+    pin_memory: bool = False,
 ) -> TrainLoader:
-    """Endless loader of training batches; see :class:`TrainingStream` for the arguments and what it promises."""
+    """Endless loader of training batches; see :class:`TrainingStream` for the arguments and what it promises.
+
+    Args:
+        pin_memory: put the tensors of a batch into pinned memory, from which they move to a GPU without a wait.
+    """
     stream = TrainingStream(
         records,
         transform,
@@ -240,7 +250,7 @@ def build_train_loader(
         start_batch=start_batch,
         max_bad_share=max_bad_share,
     )
-    return TrainLoader(stream, num_workers)
+    return TrainLoader(stream, num_workers, pin_memory)
 
 
 def build_test_loader(

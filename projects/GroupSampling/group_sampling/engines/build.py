@@ -1,10 +1,9 @@
 """What both engines make of a config, and what both of them log."""
 
 import argparse
-import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -304,19 +303,5 @@ def build_training_loader(
         start_batch=start_iter,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
-    )
-
-
-def non_finite_loss(iteration: int, losses: Mapping[str, Tensor], files: Sequence[str | None]) -> FloatingPointError:
-    """The error of a step whose loss is not finite in this or another process.
-
-    Args:
-        losses: of this process.
-        files: the images of this process's batch.
-    """
-    values = {name: loss.item() for name, loss in losses.items()}
-    where = "another process" if all(map(math.isfinite, values.values())) else "this process"
-    return FloatingPointError(
-        f"iteration {iteration}: the loss of {where} is not finite. No weight was changed. The losses of this process "
-        f"are {values}, its images {list(files)}"
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
     )

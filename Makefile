@@ -34,7 +34,7 @@ env: $(VENV)/.extension
 	elif $(PY) -m pip install --no-index --no-deps --only-binary :all: detectron2 > /dev/null 2>&1; then \
 		$(PY) -m pip install -r requirements-detectron2.lock && echo "Detectron2: installed from the configured find-links"; \
 	else \
-		echo "Detectron2: not found; going on with the torchvision engine (README.md, Install, tells how to add it)"; \
+		echo "Detectron2: not found; continuing with the torchvision engine (to add it, see Install in README.md)"; \
 	fi
 
 demo: env

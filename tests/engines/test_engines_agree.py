@@ -30,6 +30,7 @@ COMMON = [
 ]
 SMALL = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "64"]
 SCRATCH = ["MODEL.BACKBONE.FREEZE_AT", "0"]
+TORCHVISION = ["MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone", "MODEL.BACKBONE.TORCHVISION_NAME"]
 VARIANTS = {
     "sampling, R18, frozen": ("fpn_finest_sampling", SMALL),
     "uniform, R18, BN": ("fpn_finest", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "BN"]),
@@ -39,6 +40,14 @@ VARIANTS = {
     ),
     "sampling, R50": ("fpn_finest_sampling", []),
     "C4, R18, GN": ("rpn_c4", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN"]),
+    "MobileNetV3, BN": (
+        "fpn_finest_sampling",
+        [*TORCHVISION, "mobilenet_v3_small", *SCRATCH, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", "64"],
+    ),
+    "EfficientNet, P3, frozen": (
+        "table2/p3_sampling",
+        [*TORCHVISION, "efficientnet_b0", "MODEL.FPN.OUT_CHANNELS", "64"],
+    ),
     "FPN, R18, frozen": ("fpn", SMALL),
     "FPN-finest-stride, R18, frozen": ("fpn_finest_stride", SMALL),
     "OHEM, R18, frozen": ("table4/ohem", [*SMALL, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "4096"]),
@@ -46,7 +55,15 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+SLOW = ("EfficientNet, P3, frozen",)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(variant, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, variant in VARIANTS.items()
+    ]
+)
 def engines(request, repository, tmp_path):
     """Both configs and models, the torchvision one with the weights of the Detectron2 one."""
     name, opts = request.param

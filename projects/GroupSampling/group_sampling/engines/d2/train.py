@@ -40,6 +40,7 @@ from ..build import (
 )
 from ..launch import launch
 from ..step import FiniteLossGuard, is_due
+from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -58,6 +59,7 @@ _REPLACED_KEYS = (
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.BACKBONE.BOTTOM_UP": modeling.BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
     "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
@@ -252,6 +254,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     )
     for key, registry in _REGISTRIES.items():
         check_values(cfg, {key: [name for name, _ in registry]}, "Detectron2 has no other registered")
+    if cfg.MODEL.BACKBONE.NAME == TORCHVISION_BACKBONE:
+        check_torchvision_backbone(cfg)
     return cfg
 
 

@@ -9,11 +9,12 @@ import argparse
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
@@ -233,13 +234,19 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
     """
     if os.fspath(path).endswith((".pkl", ".pyth")):
         raise ValueError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
-    mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
+    is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
+    mmap = mmap and is_zip
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ValueError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
         ) from error
+    if is_zip and not mmap:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path}: the file is damaged: the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, Mapping):
         found = type(checkpoint).__name__
         raise ValueError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
@@ -287,6 +294,14 @@ def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
     return config
 
 
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 class CheckpointMixin:
     """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
 
@@ -322,6 +337,8 @@ class CheckpointMixin:
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         resumes = resume and self.has_checkpoint()
+        if resume and not resumes and self.checkpointables:
+            self._refuse_to_start_again()
         extra = super().resume_or_load(path, resume=resume)
         # Weights convert between the engines, the state of an optimizer does not.
         if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
@@ -329,7 +346,27 @@ class CheckpointMixin:
                 f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
                 f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
             )
+        if resumes and self.checkpointables:
+            self._report_changes(extra.get("config", ""))
         return extra
+
+    def _refuse_to_start_again(self: Checkpointer) -> None:
+        found = sorted(name for name in os.listdir(self.save_dir) if name.endswith(".pth"))
+        if found:
+            raise ConfigError(
+                f"--resume: {self.save_dir} has checkpoints, the last is {found[-1]}, but no file last_checkpoint. It "
+                "names the one to continue from: write it again, or start a new run in another OUTPUT_DIR"
+            )
+
+    def _report_changes(self: Checkpointer, saved: str) -> None:
+        """Log the keys of the training that differ from those of the checkpoint."""
+        before, now = (dict(_flatten(yaml.safe_load(text) or {})) for text in (saved, self.description.config))
+        if not before or not now:
+            return
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not key.startswith(("TEST.", "DATASETS.TEST", "MODEL.WEIGHTS")):
+                old, new = before.get(key, "the default"), now.get(key, "the default")
+                self.logger.warning(f"--resume: {key} was {old}, and is {new} from here on")
 
     def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
@@ -344,6 +381,9 @@ class CheckpointMixin:
                 f"{UNDERSTOOD_FORMATS}"
             )
         refuse_partial_weights(model, self.model, file=filename)
+        for name in model.keys() & expected.keys():
+            if not model[name].isfinite().all():
+                raise ValueError(f"{filename}: expected finite weights, got NaN or infinity in {name}")
         return checkpoint
 
 

@@ -28,12 +28,14 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
+from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ..build import (
     build_training_loader,
     check_config,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
@@ -142,17 +144,28 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
+        check_start(self.cfg, self.start_iter)
         if self.start_iter > 0:  # the loader of __init__ starts at iteration 0
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
             # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
+    def train(self):
+        with stop.handler.deferred():
+            return super().train()
+
     def after_step(self) -> None:
-        if is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
+        stops = self._guard.stop_signal and self.iter + 1 < self.max_iter
+        if stops or is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
             self._guard.check()
         if is_due(self.iter, self.max_iter):
             self._trainer.read_metrics()
-        super().after_step()
+        try:
+            super().after_step()
+        except stop.Stopped as stopped:  # in an evaluation
+            stop.save_and_stop(self.checkpointer, self.iter, stopped.number)
+        if stops:
+            stop.save_and_stop(self.checkpointer, self.iter, self._guard.stop_signal)
 
     def after_train(self) -> None:
         super().after_train()
@@ -206,6 +219,11 @@ class Trainer(DefaultTrainer):
             resume: continue an interrupted evaluation. With other evaluators than this project's, all images are
                 evaluated.
         """
+        with stop.handler.at_once():
+            return cls._test(cfg, model, evaluators, resume)
+
+    @classmethod
+    def _test(cls, cfg: CfgNode, model: nn.Module, evaluators, resume: bool):
         detector = GroupSamplingTTA(cfg, model) if cfg.TEST.PYRAMID.SCALES else model
         if evaluators is not None:
             return super().test(cfg, detector, evaluators)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import clip_boxes_to_image
 
+from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...data.catalog import Catalog
 from ...data.loader import build_test_loader
@@ -37,6 +38,7 @@ from ..build import (
     build_test_transform,
     build_training_loader,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
@@ -124,6 +126,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     Raises:
         FloatingPointError: a loss is not finite; raised in every process, with no weight changed by it.
+        SystemExit: SIGTERM or SIGINT; a checkpoint has been written.
         ConfigError: the checkpoint to continue from is the other engine's.
     """
     optimizer = build_optimizer(cfg, model)
@@ -133,9 +136,10 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     catalog = Catalog(cfg.DATASETS)
     sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
     checkpointer.description = describe_training(cfg, get_cfg(), sources)
-    resume = resume and checkpointer.has_checkpoint()
     saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    resume = resume and checkpointer.has_checkpoint()
     start_iter = saved["iteration"] + 1 if resume else 0
+    check_start(cfg, start_iter)
     periodic_checkpointer = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
 
     model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count
@@ -154,36 +158,44 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
-    for iteration in range(start_iter, max_iter):
-        start = time.perf_counter()
-        batch = next(batches)
-        data_time = time.perf_counter() - start
+    with stop.handler.deferred():
+        for iteration in range(start_iter, max_iter):
+            start = time.perf_counter()
+            batch = next(batches)
+            data_time = time.perf_counter() - start
 
-        lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = train_step(parallel, optimizer, guard, batch, device, iteration)
-        scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
-        times = {"time": time.perf_counter() - start, "data_time": data_time}
-        if model.rpn.criterion.sampler.timer.seconds is not None:
-            times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
-        logged.append((iteration, times, lr))
+            lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses = train_step(parallel, optimizer, guard, batch, device, iteration)
+            scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
+            times = {"time": time.perf_counter() - start, "data_time": data_time}
+            if model.rpn.criterion.sampler.timer.seconds is not None:
+                times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
+            logged.append((iteration, times, lr))
 
-        if is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
-            guard.check()
-        if is_due(iteration, max_iter):
-            means = _mean_over_ranks(scalars)
-            if writer:
-                for (step, step_times, step_lr), values in zip(logged, means):
-                    writer.step(step, {**values, **step_times}, step_lr)
-            logged.clear()
-            scalars.clear()
-        periodic_checkpointer.step(iteration)
-        is_last = iteration + 1 == max_iter
-        if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
-            metrics = evaluate(cfg, model, device)
-            if writer and metrics:
-                writer.write(iteration, metrics)
+            is_last = iteration + 1 == max_iter
+            stops = guard.stop_signal and not is_last
+            if stops or is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
+                guard.check()
+            if is_due(iteration, max_iter):
+                means = _mean_over_ranks(scalars)
+                if writer:
+                    for (step, step_times, step_lr), values in zip(logged, means):
+                        writer.step(step, {**values, **step_times}, step_lr)
+                logged.clear()
+                scalars.clear()
+            periodic_checkpointer.step(iteration)
+            if stops:
+                stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
+            if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
+                try:
+                    with stop.handler.at_once():
+                        metrics = evaluate(cfg, model, device)
+                except stop.Stopped as stopped:
+                    stop.save_and_stop(checkpointer, iteration, stopped.number)
+                if writer and metrics:
+                    writer.write(iteration, metrics)
     if loader.summary():
         logger.warning(loader.summary())
     metrics = evaluate(cfg, model, device, resume=resume)

@@ -42,7 +42,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, is_due
+from ..step import FiniteLossGuard, GradientClipper, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
@@ -150,7 +150,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
-    guard = FiniteLossGuard(optimizer)
+    guard, clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
@@ -163,7 +163,8 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = train_step(parallel, optimizer, guard, batch, device, iteration)
-        scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
+        norm = {"grad_norm": clipper.norm}
+        scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **model.sample_counts})
         times = {"time": time.perf_counter() - start, "data_time": data_time}
         if model.rpn.criterion.sampler.timer.seconds is not None:
             times["time_assign"] = model.rpn.criterion.sampler.timer.seconds

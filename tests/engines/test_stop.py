@@ -99,7 +99,7 @@ def test_handlers_are_restored_and_a_pending_signal_ends_what_comes_next():
     assert stopped.value.code == 143
     assert [signal.getsignal(number) for number in stop.SIGNALS] == before
     with stop.handler.installed():
-        assert stop.handler.pending == 0
+        assert not stop.handler.pending
         with pytest.raises(stop.Stopped, match="stopped by SIGINT"):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -188,6 +188,17 @@ def check_common_values(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
             "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
         )
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    check_values(
+        cfg,
+        {"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model")},
+        "of each element, of each parameter's norm, or of the norm of all parameters together",
+    )
+    if not clipping.CLIP_VALUE > 0 or not clipping.NORM_TYPE > 0:
+        raise ConfigError(
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE and NORM_TYPE: expected positive numbers, got "
+            f"{clipping.CLIP_VALUE} and {clipping.NORM_TYPE}"
+        )
     if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
         raise ConfigError(
             "MODEL.RPN.IOU_THRESHOLDS and MODEL.RPN.IOU_LABELS: expected [λ2, λ1] and [0, -1, 1], got "

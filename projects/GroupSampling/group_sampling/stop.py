@@ -45,6 +45,7 @@ class _Handler:
         try:
             yield
         finally:
+            self.pending = 0
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

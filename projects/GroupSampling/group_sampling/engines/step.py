@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from fvcore.common.config import CfgNode
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from .. import stop
 from ..distributed import world_size
@@ -21,6 +23,40 @@ def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
     """
     done = iteration + 1
     return done >= max_iter or any(period > 0 and done % period == 0 for period in (LOG_PERIOD, *periods))
+
+
+class GradientClipper:
+    """Clips gradients before each step of an optimizer, as ``SOLVER.CLIP_GRADIENTS`` says; no step waits for a GPU.
+
+    ``CLIP_TYPE`` "value" and "norm" are Detectron2's: of each element to [-CLIP_VALUE, CLIP_VALUE], and of each
+    parameter's gradient by itself to a norm of ``CLIP_VALUE``. "full_model" scales all gradients by one factor, so that
+    their norm together is at most ``CLIP_VALUE``; their direction stays. Gradients of a scaled loss have to be unscaled
+    before the step.
+
+    Attributes:
+        norm: Euclidean norm of all gradients together, before they were clipped in the last step: 0-dimensional, on the
+            device of the gradients. None before the first step.
+    """
+
+    def __init__(self, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        self._options = cfg.SOLVER.CLIP_GRADIENTS.clone()
+        self.norm: Tensor | None = None
+        optimizer.register_step_pre_hook(self._clip)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        parameters = [x for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        options, gradients = self._options, [x.grad for x in parameters]
+        self.norm = get_total_norm(gradients)
+        if not options.ENABLED:
+            return
+        if options.CLIP_TYPE == "full_model":
+            norm = self.norm if options.NORM_TYPE == 2 else get_total_norm(gradients, options.NORM_TYPE)
+            clip_grads_with_norm_(parameters, options.CLIP_VALUE, norm)
+        elif options.CLIP_TYPE == "norm":
+            for parameter in parameters:
+                clip_grad_norm_(parameter, options.CLIP_VALUE, options.NORM_TYPE)
+        else:
+            clip_grad_value_(parameters, options.CLIP_VALUE)
 
 
 class _Step(NamedTuple):

@@ -44,7 +44,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, is_due
+from ..step import FiniteLossGuard, GradientClipper, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
@@ -114,6 +114,7 @@ def build_lr_schedule(cfg: CfgNode) -> ParamScheduler:
     )
 
 
+@stop.handler.deferred()
 def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool) -> dict[str, float]:
     """Train until ``SOLVER.MAX_ITER`` and evaluate.
 
@@ -154,48 +155,47 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
-    guard = FiniteLossGuard(optimizer)
+    guard, clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
-    with stop.handler.deferred():
-        for iteration in range(start_iter, max_iter):
-            start = time.perf_counter()
-            batch = next(batches)
-            data_time = time.perf_counter() - start
+    for iteration in range(start_iter, max_iter):
+        start = time.perf_counter()
+        batch = next(batches)
+        data_time = time.perf_counter() - start
 
-            lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            losses = train_step(parallel, optimizer, guard, batch, device, iteration)
-            scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
-            times = {"time": time.perf_counter() - start, "data_time": data_time}
-            if model.rpn.criterion.sampler.timer.seconds is not None:
-                times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
-            logged.append((iteration, times, lr))
+        lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses = train_step(parallel, optimizer, guard, batch, device, iteration)
+        norm = {"grad_norm": clipper.norm}
+        scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **model.sample_counts})
+        times = {"time": time.perf_counter() - start, "data_time": data_time}
+        if model.rpn.criterion.sampler.timer.seconds is not None:
+            times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
+        logged.append((iteration, times, lr))
 
-            is_last = iteration + 1 == max_iter
-            stops = guard.stop_signal and not is_last
-            if stops or is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
-                guard.check()
-            if is_due(iteration, max_iter):
-                means = _mean_over_ranks(scalars)
-                if writer:
-                    for (step, step_times, step_lr), values in zip(logged, means):
-                        writer.step(step, {**values, **step_times}, step_lr)
-                logged.clear()
-                scalars.clear()
-            periodic_checkpointer.step(iteration)
-            if stops:
-                stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
-            if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
-                try:
-                    with stop.handler.at_once():
-                        metrics = evaluate(cfg, model, device)
-                except stop.Stopped as stopped:
-                    stop.save_and_stop(checkpointer, iteration, stopped.number)
-                if writer and metrics:
-                    writer.write(iteration, metrics)
+        is_last = iteration + 1 == max_iter
+        stops = guard.stop_signal and not is_last
+        if stops or is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
+            guard.check()
+        if is_due(iteration, max_iter):
+            means = _mean_over_ranks(scalars)
+            if writer:
+                for (step, step_times, step_lr), values in zip(logged, means):
+                    writer.step(step, {**values, **step_times}, step_lr)
+            logged.clear()
+            scalars.clear()
+        periodic_checkpointer.step(iteration)
+        if stops:
+            stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
+        if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
+            try:
+                metrics = evaluate(cfg, model, device)
+            except stop.Stopped as stopped:
+                stop.save_and_stop(checkpointer, iteration, stopped.number)
+            if writer and metrics:
+                writer.write(iteration, metrics)
     if loader.summary():
         logger.warning(loader.summary())
     metrics = evaluate(cfg, model, device, resume=resume)
@@ -230,6 +230,7 @@ def train_step(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+@stop.handler.at_once()
 def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool = False) -> dict[str, float]:
     """Detect on ``DATASETS.TEST``, each process on its share, and score on the main one.
 

@@ -9,16 +9,15 @@ import argparse
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .config import ConfigError, changed_keys
 from .files import atomic_file, write_atomically
 
 # torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
@@ -294,14 +293,6 @@ def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
     return config
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 class CheckpointMixin:
     """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
 
@@ -347,7 +338,8 @@ class CheckpointMixin:
                 f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
             )
         if resumes and self.checkpointables:
-            self._report_changes(extra.get("config", ""))
+            for key, before, now in changed_keys(extra.get("config", ""), self.description.config):
+                self.logger.warning(f"--resume: {key} was {before}, and is {now} from here on")
         return extra
 
     def _refuse_to_start_again(self: Checkpointer) -> None:
@@ -357,16 +349,6 @@ class CheckpointMixin:
                 f"--resume: {self.save_dir} has checkpoints, the last is {found[-1]}, but no file last_checkpoint. It "
                 "names the one to continue from: write it again, or start a new run in another OUTPUT_DIR"
             )
-
-    def _report_changes(self: Checkpointer, saved: str) -> None:
-        """Log the keys of the training that differ from those of the checkpoint."""
-        before, now = (dict(_flatten(yaml.safe_load(text) or {})) for text in (saved, self.description.config))
-        if not before or not now:
-            return
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not key.startswith(("TEST.", "DATASETS.TEST", "MODEL.WEIGHTS")):
-                old, new = before.get(key, "the default"), now.get(key, "the default")
-                self.logger.warning(f"--resume: {key} was {old}, and is {new} from here on")
 
     def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)

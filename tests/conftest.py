@@ -1,10 +1,12 @@
 """What every test needs, and the closing summary that says what a run covered and what it could not."""
 
 import importlib.util
+import json
 import os
 import random
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import numpy as np
@@ -27,12 +29,30 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+class ReferenceData(NamedTuple):
+    """Annotations and results in the data sets' own formats, and what is known of them."""
+
+    folder: Path
+    numbers: dict  # counts and rates, see tests/tiny_data/make.py
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real data; a test that asks for it is skipped without."""
+    """Folder of the real data, for what only real data can show; a test that asks for it is skipped without."""
     if not TEST_DATA.is_dir():
         pytest.skip(NO_TEST_DATA)
     return TEST_DATA
+
+
+@pytest.fixture(scope="session", params=["tiny", "real"])
+def reference_data(request) -> ReferenceData:
+    """A small set of our own making, which is always there, and the real data sets, which are skipped where absent."""
+    tests = REPOSITORY / "tests"
+    if request.param == "tiny":
+        folder, numbers = tests / "tiny_data", tests / "tiny_data/numbers.json"
+    else:
+        folder, numbers = request.getfixturevalue("shared_data"), tests / "real_numbers.json"
+    return ReferenceData(folder, json.loads(numbers.read_text()))
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +95,7 @@ def pytest_terminal_summary(terminalreporter, config):
         operators = f"torch reference, C++; no CUDA kernels: {status.reason}"
     write(f"operators : {operators}")
     write(f"devices   : cpu{', cuda' if has_gpu else '; no GPU is visible, so no CUDA kernel was run'}")
-    write(f"data      : synthetic{', real WIDER FACE' if has_data else f'; {NO_TEST_DATA}'}")
+    write(f"data      : synthetic, tiny reference data{', real WIDER FACE' if has_data else f'; {NO_TEST_DATA}'}")
     write(f"selection : {config.getoption('-m') or 'all tests'}")
     reasons = Counter()
     for report in terminalreporter.stats.get("skipped", []):

@@ -9,7 +9,15 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
-from group_sampling.checkpoint import CheckpointMixin, convert_names, resolve_weights
+from group_sampling.checkpoint import (
+    CheckpointMixin,
+    Description,
+    convert_names,
+    main,
+    read_description,
+    resolve_weights,
+    saved_config,
+)
 from group_sampling.config import ConfigError
 
 PAIRS = {  # Detectron2's name: torchvision's name
@@ -129,3 +137,46 @@ def test_a_training_resumes_with_the_engine_that_wrote_it(tmp_path):
     with pytest.raises(ConfigError, match=r"--resume: .*model\.pth was written by the torchvision engine"):
         _OtherEngine(nn.Linear(3, 2), str(tmp_path), optimizer=optimizer).resume_or_load("", resume=True)
     _OtherEngine(nn.Linear(3, 2), str(tmp_path)).resume_or_load("", resume=True)  # to evaluate, weights are enough
+
+
+def test_formats_of_others_are_understood(tmp_path):
+    expected = nn.Linear(3, 2)
+    weights = expected.state_dict()
+    parallel = {f"module.{name}": value for name, value in weights.items()}
+    for checkpoint in (weights, parallel, {"state_dict": parallel, "epoch": 3}, {"model": parallel}):
+        torch.save(checkpoint, tmp_path / "model.pth")
+        model = nn.Linear(3, 2)
+        _Checkpointer(model).load(str(tmp_path / "model.pth"))
+        assert torch.equal(model.weight, expected.weight) and torch.equal(model.bias, expected.bias)
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ([torch.zeros(2)], "expected a dict of parameters, got list"),
+        ({"epoch": 3}, r"expected tensors by parameter name, got the keys \['epoch'\]"),
+        ({"encoder.weight": torch.zeros(2)}, r"lacks all of its 2 \(weight, bias, ...\)"),
+    ],
+)
+def test_other_contents_are_refused_with_what_is_understood(tmp_path, content, expected):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf'{expected}.*"state_dict".*"module\."'):
+        _Checkpointer(nn.Linear(1, 1)).load(str(tmp_path / "other.pth"))
+
+
+def test_checkpoints_describe_themselves_and_keep_it_when_converted(tmp_path):
+    checkpointer = _Checkpointer(nn.Linear(3, 2), str(tmp_path))
+    checkpointer.save("plain")
+    assert read_description(tmp_path / "plain.pth") == Description()
+    with pytest.raises(ConfigError, match=r"plain\.pth: the file does not carry the config.*--config-file"):
+        saved_config("", str(tmp_path / "plain.pth"), needed_by="--weights")
+    assert saved_config("some.yaml", str(tmp_path / "plain.pth"), needed_by="--weights") == ""
+    with pytest.raises(ConfigError, match="expected --config-file FILE, or a checkpoint .* as --weights"):
+        saved_config("", "", needed_by="--weights")
+
+    checkpointer.description = Description("SEED: 3\n", ("face", "head"))
+    checkpointer.save("described")
+    main([str(tmp_path / "described.pth"), str(tmp_path / "converted.pth"), "--engine", "detectron2"])
+    for name in ("described", "converted"):
+        assert read_description(tmp_path / f"{name}.pth") == checkpointer.description
+    assert saved_config("", str(tmp_path / "converted.pth"), needed_by="--weights") == "SEED: 3\n"

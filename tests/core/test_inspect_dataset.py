@@ -137,7 +137,7 @@ def test_command_on_files_that_are_broken(tmp_path):
     assert "3 images cannot be used" in result.stderr.splitlines()[-1]
     found = json.loads((output / "report.json").read_text())
     assert len(found["unreadable_images"]) == 3
-    turned = "turned.png: its annotation says 64x48 pixels, the upright image has 48x64"
+    turned = "turned.png: expected 64x48 pixels as annotated, got 48x64 when upright"
     for expected in ("cut.png", turned, "missing.png"):
         assert any(expected in message for message in found["unreadable_images"]), expected
     assert found["annotations"]["findings"] == {"zero area": 1, "clipped to the image": 1}

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from group_sampling.data.transforms import TestTransform
 from group_sampling.detections import Detections
+from group_sampling.experiments.plots import plot_detections
 from group_sampling.pyramid import ImagePyramid, merge_detections, tile_spans
 
 KEEP_SIZE = TestTransform(0, 0)
@@ -285,10 +286,10 @@ def test_picture_of_large_faces_found_at_a_reduced_scale(repository, tmp_path):
     panels, found = {}, {}
     for title, scales in (("single scale", (1.0,)), ("pyramid", (1.0, 0.25))):
         result = make_pyramid(scales)(image, lambda tile: find_bright(tile, sizes=(12, 50)))
-        panels[title] = result.boxes.numpy(), result.scores.numpy()
-        found[title] = tool["count_found"](faces, panels[title][0])
+        panels[title] = result.numpy()
+        found[title] = tool["count_found"](faces, panels[title].boxes)
     assert found == {"single scale": 1, "pyramid": 2}
-    tool["draw"](image, faces, panels, tmp_path / "pyramid.png")
+    plot_detections(image, faces, panels, tmp_path / "pyramid.png", panel_size=5.0)
     with Image.open(tmp_path / "pyramid.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     red = (pixels[..., 0] > 200) & (pixels[..., 1] < 60) & (pixels[..., 2] < 60)

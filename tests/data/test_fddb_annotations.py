@@ -182,9 +182,10 @@ def test_a_path_out_of_the_image_folder(folds, tmp_path):
         read_annotations(folds, tmp_path)
 
 
-def test_real_annotations(shared_data):
-    images = read_annotations(shared_data / "fddb" / "annotations")
-    assert len(images) == 2845 and sum(len(image.ellipses) for image in images) == 5171
-    assert sorted({image.fold for image in images}) == list(range(1, 11))
-    records = read_records(shared_data / "fddb" / "annotations", "images")
-    assert sum(len(record.boxes) for record in records) == 5171
+def test_real_annotations(reference_data):
+    folder, numbers = reference_data.folder / "fddb/annotations", reference_data.numbers["fddb"]
+    images = read_annotations(folder)
+    assert len(images) == numbers["images"] and sum(len(image.ellipses) for image in images) == numbers["faces"]
+    assert sorted({image.fold for image in images}) == list(range(1, numbers["folds"] + 1))
+    records = read_records(folder, "images")
+    assert sum(len(record.boxes) for record in records) == numbers["faces"]

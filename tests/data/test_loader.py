@@ -14,7 +14,7 @@ from group_sampling.data.synthetic_scene import Settings
 from group_sampling.data.transforms import TestTransform, TrainTransform
 
 SYNTHETIC = records("train", Settings(num_train=7, num_val=0, height=64, width=96, seed=0))
-TRANSFORM = TrainTransform(crop_size=(48, 48))
+TRANSFORM = TrainTransform([0.25 * n for n in range(1, 9)], crop_size=(48, 48))
 
 
 def to_example(image, boxes, classes, ignore_boxes, record, draw):
@@ -25,8 +25,12 @@ def id_and_draw(image, boxes, classes, ignore_boxes, record, draw):
     return draw, record.image_id
 
 
+def tuple_of(*arguments):
+    return arguments
+
+
 def train_batches(count, images=SYNTHETIC, convert=to_example, **arguments):
-    arguments = {"seed": 3, "images_per_batch": 2, "rank": 0, "world_size": 1} | arguments
+    arguments = {"seed": 3, "images_per_batch": 2, "num_workers": 0, "max_bad_share": 0.1} | arguments
     loader = build_train_loader(images, TRANSFORM, convert, **arguments)
     return [list(batch) for batch in itertools.islice(loader, count)]
 
@@ -66,7 +70,7 @@ def test_ranks_share_the_stream():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_stream_goes_on_where_it_stopped(num_workers):
+def test_a_resumed_stream_continues_where_it_stopped(num_workers):
     whole = train_batches(10, rank=1, world_size=3)
     assert train_batches(5, rank=1, world_size=3, start_batch=5, num_workers=num_workers) == whole[5:]
 
@@ -95,7 +99,7 @@ def test_an_epoch_shows_every_image_once_in_its_own_order():
 def test_examples_are_the_transform_of_what_was_read():
     ((example,),) = train_batches(1, images_per_batch=1)
     (record,) = [record for record in SYNTHETIC if record.image_id == example[1]]
-    stream = TrainingStream(SYNTHETIC, TRANSFORM, lambda *arguments: arguments, seed=3, images_per_batch=1)
+    stream = TrainingStream(SYNTHETIC, TRANSFORM, tuple_of, seed=3, images_per_batch=1, max_bad_share=0)
     image, boxes, classes, ignore_boxes, seen, draw = next(iter(stream))[0]
     assert draw == 0 and seen.file_name == record.file_name and seen.boxes is record.boxes
     assert (seen.height, seen.width) == read_image(record).shape[:2]
@@ -113,12 +117,12 @@ def test_images_without_faces_and_with_2000_faces():
 
     assert train_batches(3, [empty], counts) == [[0, 0]] * 3
     assert min(itertools.chain(*train_batches(3, [crowd], counts))) > 200  # all 2,000, but for what the crop cuts off
-    assert list(build_test_loader([crowd], TestTransform(0, 0), counts)) == [[2000]]
+    assert list(build_test_loader([crowd], TestTransform(0, 0), counts, num_workers=0)) == [2000]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unreadable_images_are_replaced_counted_and_warned_about_once(files, caplog, num_workers):
-    arguments = {"seed": 0, "images_per_batch": 5, "rank": 0, "world_size": 1, "max_bad_share": 0.1}
+    arguments = {"seed": 0, "images_per_batch": 5, "max_bad_share": 0.1}
     loader = build_train_loader(files, TRANSFORM, id_and_draw, num_workers=num_workers, **arguments)
     with caplog.at_level(logging.WARNING):
         batches = list(itertools.islice(loader, 60))  # three epochs
@@ -172,24 +176,17 @@ def test_a_long_list_of_files_is_cut(files, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_visits_each_image_once_over_all_ranks(num_workers):
-    seen = []
-    for rank in range(3):
-        loader = build_test_loader(
-            SYNTHETIC, TestTransform(0, 0), id_and_draw, images_per_batch=2, rank=rank, world_size=3,
-            num_workers=num_workers,
-        )  # fmt: skip
-        batches = list(loader)
-        assert len(loader) == len(batches) and all(isinstance(batch, list) for batch in batches)
-        seen += [example for batch in batches for example in batch]
-    assert sorted(seen) == [(index, record.image_id) for index, record in enumerate(SYNTHETIC)]
+def test_evaluation_visits_each_image_once_in_order(num_workers):
+    loader = build_test_loader(SYNTHETIC, TestTransform(0, 0), id_and_draw, num_workers=num_workers)
+    assert list(loader) == [(index, record.image_id) for index, record in enumerate(SYNTHETIC)]
+    assert len(loader) == len(SYNTHETIC)
 
 
 def test_evaluation_gives_resized_boxes_and_the_original_record(tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "a.png")
     record = make_record(tmp_path / "a.png", boxes=[[0, 4, 30, 20], [6, 6, 12, 12]], ignore=[False, True])
-    loader = build_test_loader([record], TestTransform(80, 1000), lambda *arguments: arguments)
-    ((image, boxes, classes, ignore_boxes, seen, draw),) = next(iter(loader))
+    loader = build_test_loader([record], TestTransform(80, 1000), tuple_of, num_workers=0)
+    ((image, boxes, classes, ignore_boxes, seen, draw),) = loader
     assert image.shape == (80, 120, 3)
     assert boxes.tolist() == [[0, 8, 60, 40]] and ignore_boxes.tolist() == [[12, 12, 24, 24]] and len(classes) == 1
     assert (seen.height, seen.width) == (40, 60) and seen.boxes is record.boxes and draw == 0

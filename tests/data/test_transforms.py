@@ -6,6 +6,7 @@ from PIL import Image
 
 from group_sampling.data.transforms import Geometry, TestTransform, TrainTransform
 
+SCALES = tuple(0.25 * n for n in range(1, 9))  # the paper's
 NO_IGNORE, CLASSES = np.zeros(1, bool), np.zeros(1, np.int64)
 
 
@@ -24,7 +25,7 @@ def test_boxes_agree_with_pixels(scene):
     height, width, (x1, y1, x2, y2), seed = scene
     image = np.zeros((height, width, 3), np.uint8)
     image[y1:y2, x1:x2] = 255
-    transform = TrainTransform(crop_size=(110, 130), min_visible=0.0)
+    transform = TrainTransform(SCALES, crop_size=(110, 130), min_visible=0.0)
     box = np.array([[x1, y1, x2, y2]], np.float32)
     sample = transform(image, box, NO_IGNORE, CLASSES, np.random.default_rng(seed))
     rows, columns = np.nonzero(sample.image[..., 0] > 127)
@@ -48,7 +49,7 @@ def test_crop_first_gives_the_pixels_of_resize_first(scale, flip):
     for _ in range(5):
         x0, y0 = int(rng.integers(scaled[0] - 20)), int(rng.integers(scaled[1] - 15))
         x1, y1 = int(rng.integers(x0 + 1, scaled[0] + 1)), int(rng.integers(y0 + 1, scaled[1] + 1))
-        got = TrainTransform().apply_image(image, Geometry(scale, (x0, y0, x1, y1), flip))
+        got = TrainTransform(SCALES).apply_image(image, Geometry(scale, (x0, y0, x1, y1), flip))
         expected = whole[y0:y1, x0:x1][:, :: -1 if flip else 1]
         assert got.shape == expected.shape and got.flags.c_contiguous and got.flags.writeable
         # One grey level: the filter's weights are rounded to fixed point at positions a rounding error apart.
@@ -90,7 +91,7 @@ _coordinate = st.one_of(
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
 )
 def test_apply_boxes_equals_the_scalar_rule(boxes, height, width, seed, min_visible):
-    transform = TrainTransform(crop_size=(60, 70), min_visible=min_visible)
+    transform = TrainTransform(SCALES, crop_size=(60, 70), min_visible=min_visible)
     geometry = transform.sample(height, width, np.random.default_rng(seed))
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     moved, keep = transform.apply_boxes(boxes, geometry, height, width)
@@ -119,7 +120,7 @@ def test_a_fully_visible_box_is_kept_at_min_visible_1():
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 10**6))
 def test_no_crop_is_empty_or_too_large(height, width, seed):
-    transform = TrainTransform()
+    transform = TrainTransform(SCALES)
     geometry = transform.sample(height, width, np.random.default_rng(seed))
     x0, y0, x1, y1 = geometry.crop
     scaled_height, scaled_width = max(1, round(height * geometry.scale)), max(1, round(width * geometry.scale))
@@ -132,7 +133,7 @@ def test_no_crop_is_empty_or_too_large(height, width, seed):
 def test_tiny_images(size):
     image = np.full((*size, 3), 9, np.uint8)
     for seed in range(20):
-        sample = TrainTransform()(image, np.zeros((0, 4), np.float32), np.zeros(0, bool), np.zeros(0, np.int64),
+        sample = TrainTransform(SCALES)(image, np.zeros((0, 4), np.float32), np.zeros(0, bool), np.zeros(0, np.int64),
                                   np.random.default_rng(seed))  # fmt: skip
         assert sample.image.size > 0 and (sample.image == 9).all()
         assert sample.boxes.shape == sample.ignore_boxes.shape == (0, 4)
@@ -140,7 +141,7 @@ def test_tiny_images(size):
 
 def test_scales_flips_and_crops_are_uniform():
     """Chi-square statistics of 8,000 draws; the bounds are the 1e-4 quantiles."""
-    transform, rng = TrainTransform(crop_size=(20, 1200)), np.random.default_rng(1)
+    transform, rng = TrainTransform(SCALES, crop_size=(20, 1200)), np.random.default_rng(1)
     draws = [transform.sample(24, 40, rng) for _ in range(8000)]
     counts = np.array([sum(g.scale == 0.25 * n for g in draws) for n in range(1, 9)])
     assert ((counts - 1000) ** 2 / 1000).sum() < 29.9  # 7 degrees of freedom
@@ -176,7 +177,7 @@ def test_call_separates_ignore_regions_and_keeps_any_part_of_them():
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
-        TrainTransform(**arguments)
+        TrainTransform(**{"scales": SCALES, **arguments})
     with pytest.raises(ValueError, match="expected min_size >= 0"):
         TestTransform(-1, 5)
 

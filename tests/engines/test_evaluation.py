@@ -30,7 +30,6 @@ from group_sampling.evaluation import CocoAP, WiderFaceAP, read_predictions
 from group_sampling.evaluation.run import Evaluation
 
 NAME = "synthetic_faces_val"
-MTCNN = "fddb/detections_with_roc/MTCNN"
 
 
 def make_cfg(folder, *opts):
@@ -339,26 +338,27 @@ def test_predictions_are_a_submission(tmp_path):
         assert 100 * metric.compute().ap["all"] == pytest.approx(ap, abs=1e-9), path
 
 
-def test_fddb_through_the_hooks(tmp_path, shared_data, monkeypatch):
-    """The published detections of MTCNN give the official evaluation's rates, from either engine's way in."""
+def test_fddb_through_the_hooks(tmp_path, reference_data, monkeypatch):
+    """Published detections give the official evaluation's rates, from either engine's way in."""
     from group_sampling.evaluation.fddb.files import read_fddb_predictions
 
     (tmp_path / "fddb/originalPics").mkdir(parents=True)
-    (tmp_path / "fddb/FDDB-folds").symlink_to(shared_data / "fddb/annotations")
+    (tmp_path / "fddb/FDDB-folds").symlink_to(reference_data.folder / "fddb/annotations")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = make_cfg(tmp_path, "DATASETS.TEST", "('fddb',)")
     evaluation = Evaluation(cfg, Catalog(cfg.DATASETS)["fddb"], nn.Linear(1, 1), resume=False)
-    published = dict(read_fddb_predictions(shared_data / MTCNN))
+    detector, (discrete, continuous, _) = next(iter(reference_data.numbers["fddb_detectors"].items()))
+    published = dict(read_fddb_predictions(reference_data.folder / "fddb/detections_with_roc" / detector))
     for record in evaluation.share:
         boxes, scores = (np.float32(values) for values in published[record.image_id][:2])
         evaluation.add(record.image_id, Detections(boxes, scores, np.zeros(len(scores), np.int64), None))
     rates = evaluation.finish()["fddb"]
-    assert rates["discrete@500"] == pytest.approx(89.6345, abs=0.02)  # the curve ends at 249 false positives
-    assert rates["continuous@500"] == pytest.approx(67.4485, abs=0.02)
+    assert rates["discrete@500"] == pytest.approx(100 * discrete, abs=0.02)  # the curve ends before
+    assert rates["continuous@500"] == pytest.approx(100 * continuous, abs=0.02)
     assert rates["continuous@500_fitted"] > rates["continuous@500"]
     folder = Path(cfg.OUTPUT_DIR) / "inference/fddb"
     assert {path.name for path in folder.iterdir()} == {"predictions", "results.json", "roc.png"}
-    assert len(list((folder / "predictions").iterdir())) == 10
+    assert len(list((folder / "predictions").iterdir())) == reference_data.numbers["fddb"]["folds"]
 
 
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])

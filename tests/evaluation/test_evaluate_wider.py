@@ -249,7 +249,7 @@ def test_command(tool, truth, predictions, tmp_path, capsys):
     [
         (
             lambda folder: write_predictions(folder, "0--Parade/stranger", [], []),
-            "image '0--Parade/stranger', which is not",
+            "expected an image of the ground truth, got '0--Parade/stranger'",
         ),
         (
             lambda folder: (folder / "0--Parade/0_Parade_big.txt").write_text("x"),
@@ -293,10 +293,10 @@ def test_command_compares(tool, truth, predictions, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "one of --predictions and --compare is needed"),
+        ([], "expected --predictions or --compare, got neither"),
         (["--compare", "folder"], "expected NAME=PATH"),
         (["--compare", "a=x", "a=y"], "not taken yet, got 'a=y'"),
-        (["--predictions", "x", "--curves", "y"], "--curves needs --plot"),
+        (["--predictions", "x", "--curves", "y"], "--curves: expected --plot as well, got none"),
     ],
 )
 def test_command_line_errors(tool, options, message, capsys):

@@ -637,24 +637,23 @@ def test_mutated_regressors(tmp_path, count):
 # --- The official evaluator's curves. ---
 
 
-@pytest.fixture(scope="module")
-def real_evaluator(shared_data):
-    @functools.cache
-    def build(detector):
-        evaluator = FDDBRoc.from_folder(shared_data / "fddb" / "annotations")
-        for image_id, (boxes, scores, *_) in read_fddb_predictions(
-            shared_data / "fddb" / "detections_with_roc" / detector
-        ):
-            evaluator.update(image_id, Detections(boxes, scores))
-        return evaluator
-
-    return build
+@functools.cache
+def evaluator_of(folder, detector):
+    evaluator = FDDBRoc.from_folder(folder / "annotations")
+    for image_id, found in read_fddb_predictions(folder / "detections_with_roc" / detector):
+        evaluator.update(image_id, found)
+    return evaluator
 
 
-@pytest.mark.parametrize("detector, last", [("MTCNN", (0.896345, 0.674485, 249)), ("jfda", (0.899826, 0.676182, 92))])
-def test_equals_the_official_curves(shared_data, real_evaluator, detector, last):
-    result = real_evaluator(detector).curves()
-    folder = shared_data / "fddb" / "detections_with_roc" / detector
+def test_equals_the_official_curves(reference_data):
+    """The tiny set's curves are those of the oracle above."""
+    for detector, last in reference_data.numbers["fddb_detectors"].items():
+        assert_curves(reference_data.folder / "fddb", detector, last)
+
+
+def assert_curves(fddb, detector, last):
+    result = evaluator_of(fddb, detector).curves()
+    folder = fddb / "detections_with_roc" / detector
     rate, false_positives, threshold = np.loadtxt(folder / f"{detector}DiscROC.txt")[::-1].T  # from the origin on
     assert result.false_positives.tolist() == false_positives.tolist()
     np.testing.assert_allclose(result.discrete, rate, rtol=0, atol=1e-6)
@@ -667,9 +666,9 @@ def test_equals_the_official_curves(shared_data, real_evaluator, detector, last)
     )
 
 
-def test_real_regressors(shared_data, real_evaluator, tmp_path):
+def test_real_regressors(shared_data, tmp_path):
     pytest.importorskip("h5py", reason="h5py, which reads S3FD's regressor, is not installed")
-    evaluator = real_evaluator("MTCNN")
+    evaluator = evaluator_of(shared_data / "fddb", "MTCNN")
     s3fd = EllipseRegressor.from_s3fd(shared_data / "fddb" / "sfd_regressor" / "Fit.mat")
     result = evaluator.compute({"none": "none", "s3fd": s3fd, "fitted": "fitted"})
     rounded = {name: tuple(round(rate, 3) for rate in curves.at(200)) for name, curves in result.curves.items()}

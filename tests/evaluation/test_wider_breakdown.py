@@ -4,7 +4,6 @@ import math
 import re
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from scipy.io import savemat
 from test_wider_face import evaluate, nearest_scale, random_set, xyxy
 
 from group_sampling.detections import Detections
-from group_sampling.evaluation import WiderFaceAP
+from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 
 EVENTS = 3
@@ -126,7 +125,7 @@ def test_curves_of_hdf5_without_h5py(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert {curve.name for curve in read_published_curves(tmp_path)} == {"old"}
-    assert "1 methods left out, their files are HDF5, which needs h5py (pip install h5py): new" in caplog.text
+    assert "1 methods left out: their files are HDF5, which needs h5py (pip install h5py): new" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -176,16 +175,14 @@ def test_real_curves_have_their_published_ap(shared_data, tmp_path):
         assert any(abs(curve.ap - ap[curve.subset]) < 1e-4 for ap in expected[curve.name]), curve[:2]
 
 
-def test_sums_on_a_published_result_set(shared_data):
+def test_sums_on_a_published_result_set(reference_data):
     """Faces and detections of all events and sizes add up to those of the set."""
-    from group_sampling.evaluation import read_predictions
-
-    evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat", by_size=True)
-    archive = next(Path(shared_data / "wider/predictions").glob("2aliveDeepfake*"))
-    for image, found in read_predictions(archive):
+    folder, numbers = reference_data.folder / "wider", reference_data.numbers
+    evaluator = WiderFaceAP.from_official(folder / "ground_truth_mat", by_size=True)
+    for image, found in read_predictions(folder / f"predictions/{numbers['result_sets']['smallest']}.tar.xz"):
         evaluator.update(image, found)
     whole, events = evaluator.compute(), evaluator.compute_by(lambda image: image.split("/")[0])
-    assert len(events) == 61
+    assert len(events) == numbers["events"]
     for kind in ("num_faces", "num_detections"):
         for name, number in getattr(whole, kind).items():
             assert sum(getattr(result, kind)[name] for result in events.values()) == number

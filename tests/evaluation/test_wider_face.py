@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from group_sampling.data.wider_face import read_annotations
 from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.files import write_json
@@ -462,53 +463,55 @@ def test_plot(tmp_path, name):
     assert len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 10
 
 
-def published_sets(shared_data):
-    expected = json.loads((shared_data / "wider/predictions/expected_ap.json").read_text())
+def expected_ap(reference_data):
+    """By result set; of the real ones computed with the published evaluation, of the tiny one with that above."""
+    expected = json.loads((reference_data.folder / "wider/predictions/expected_ap.json").read_text())
     return {name: value for name, value in expected.items() if name != "note"}
 
 
-def assert_published_ap(shared_data, name):
-    evaluator = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
-    shuffled = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
+def assert_expected_ap(reference_data, name):
+    folder = reference_data.folder / "wider"
+    evaluator = WiderFaceAP.from_official(folder / "ground_truth_mat")
+    shuffled = WiderFaceAP.from_official(folder / "ground_truth_mat")
     rng = np.random.default_rng(0)
-    for image, (boxes, scores, *_) in read_predictions(shared_data / f"wider/predictions/{name}.tar.xz"):
-        evaluator.update(image, Detections(boxes, scores))
-        order = rng.permutation(len(scores))
-        shuffled.update(image, Detections(boxes[order], scores[order]))
-    result, expected = evaluator.compute(), published_sets(shared_data)[name]
+    for image, found in read_predictions(folder / f"predictions/{name}.tar.xz"):
+        evaluator.update(image, found)
+        shuffled.update(image, found.select(rng.permutation(len(found.scores))))
+    result, expected = evaluator.compute(), expected_ap(reference_data)[name]
     assert result.counts["detections"] == expected["detections"]
-    assert result.num_faces == {"easy": 7211, "medium": 13319, "hard": 31958, "all": 39112}
+    assert result.num_faces == reference_data.numbers["num_faces"]
     for subset in ("easy", "medium", "hard"):
         assert result.ap[subset] == pytest.approx(expected[subset], abs=1e-6)
     np.testing.assert_equal(shuffled.compute().curves, result.curves)
 
 
-def test_a_published_result_set(shared_data):
-    assert_published_ap(shared_data, "thflgg133+RetinaFace-optimization")
+def test_a_published_result_set(reference_data):
+    assert_expected_ap(reference_data, reference_data.numbers["result_sets"]["published"])
 
 
 @pytest.mark.slow
-def test_all_published_result_sets(shared_data):
-    names = list(published_sets(shared_data))
+@pytest.mark.parametrize("reference_data", ["real"], indirect=True)
+def test_all_published_result_sets(reference_data):
+    names = list(expected_ap(reference_data))
     assert len(names) == 5
     for name in names:
-        assert_published_ap(shared_data, name)
+        assert_expected_ap(reference_data, name)
 
 
-@pytest.mark.slow
-def test_the_text_annotation_gives_the_same_as_the_official_files(shared_data):
-    read_annotations = pytest.importorskip("group_sampling.data.wider_face").read_annotations
-    records = read_annotations(shared_data / "wider/annotations/wider_face_val_bbx_gt.txt.gz", "images")
-    # The parser drops empty boxes, so four images are left without any; their detections still count as false.
+@pytest.mark.parametrize("reference_data", ["tiny", pytest.param("real", marks=pytest.mark.slow)], indirect=True)
+def test_the_text_annotation_gives_the_same_as_the_official_files(reference_data):
+    folder, numbers = reference_data.folder / "wider", reference_data.numbers
+    records = read_annotations(folder / "annotations/wider_face_val_bbx_gt.txt.gz", "images")
+    # The parser drops empty boxes, so some images are left without any; their detections still count as false.
     from_text = WiderFaceAP.from_records(records)
-    official = WiderFaceAP.from_official(shared_data / "wider/ground_truth_mat")
-    path = shared_data / "wider/predictions/2aliveDeepfake+face_5landmark.tar.xz"
-    for image, (boxes, scores, *_) in read_predictions(path):
-        scale = 16 << len(image) % 4
-        from_text.update(image, Detections(boxes, scores, anchor_scales=[scale] * len(boxes)))
-        official.update(image, Detections(boxes, scores, anchor_scales=[scale] * len(boxes)))
+    official = WiderFaceAP.from_official(folder / "ground_truth_mat")
+    for image, found in read_predictions(folder / f"predictions/{numbers['result_sets']['smallest']}.tar.xz"):
+        found = found._replace(anchor_scales=np.full(len(found.scores), 16 << len(image) % 4))
+        from_text.update(image, found)
+        official.update(image, found)
     expected, result = official.compute(), from_text.compute()
-    assert result.counts["images_without_faces"] == 4 and result.counts["detections_without_faces"] > 0
+    assert result.counts["images_without_faces"] == numbers["images_without_faces"]
+    assert result.counts["detections_without_faces"] > 0
     for name in result.ap:
         np.testing.assert_equal(result.curves[name], expected.curves[name])
 

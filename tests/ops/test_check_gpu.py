@@ -86,6 +86,13 @@ def test_with_a_stub_device_every_step_reports(repository, tmp_path):
     assert "| equality | failed" in done.stdout and "| n; m | images | N |" in done.stdout
 
 
+def test_the_tests_to_run_exist(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "projects/GroupSampling/benchmarks"))
+    import check_gpu
+
+    assert all((repository / path).exists() for path in check_gpu.TESTS)
+
+
 def test_a_step_ends_at_its_limit(repository, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "projects/GroupSampling/benchmarks"))
     import check_gpu

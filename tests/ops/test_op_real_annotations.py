@@ -20,9 +20,11 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module", params=["train", "val"])
-def records(request, shared_data):
-    with gzip.open(shared_data / "wider" / "annotations" / f"wider_{request.param}_merged.jsonl.gz", "rt") as lines:
-        return [json.loads(line) for line in lines]
+def records(request, reference_data):
+    with gzip.open(reference_data.folder / f"wider/annotations/wider_{request.param}_merged.jsonl.gz", "rt") as lines:
+        records = [json.loads(line) for line in lines]
+    assert len(records) == reference_data.numbers["images"][request.param]
+    return records
 
 
 def check(record, layout, samplers=True):
@@ -50,7 +52,7 @@ def check(record, layout, samplers=True):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_some_images(records, layout):
-    assert sum(check(record, layout) for record in records[::200]) > 0
+    assert sum(check(record, layout) for record in records[:: 200 if len(records) > 1000 else 2]) > 0
 
 
 @pytest.mark.slow
@@ -61,4 +63,4 @@ def test_every_image(records, layout):
     if len(records) > 10000:
         records = records[::4]
     positives = sum(check(record, layout, samplers=number % 3 == 0) for number, record in enumerate(records))
-    assert len(records) in (3220, 3226) and positives > 0
+    assert positives > 0

@@ -15,8 +15,6 @@ update. Beside the share of assign_and_sample stands what Detectron2's and torch
 the same anchors and faces, where they are installed. Prints a table in Markdown and writes JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

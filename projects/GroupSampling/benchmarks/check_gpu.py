@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 BENCHMARKS = Path(__file__).resolve().parent
 PACKAGE = REPOSITORY / "projects" / "GroupSampling" / "group_sampling"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS = ("tests/ops", "tests/test_anchors.py")
+TESTS = ("tests/ops", "tests/core/test_anchors.py")
 TEST_MODULES = ("pytest", "pytest_timeout", "hypothesis", "numpy")
 PACKAGE_MODULES = ("numpy", "fvcore", "iopath", "matplotlib", "PIL", "scipy", "torchvision", "pycocotools")
 MINUTES = {"build": 30, "build_guarded": 30, "slow_tests": 60, "training": 30}
@@ -182,11 +182,16 @@ def run_step(step: dict, folder: Path) -> dict:
     return {"name": step["name"], "status": status, "seconds": seconds, "reason": reason, "tail": tail}
 
 
+def printed(*command: str) -> str:
+    """What a command prints; nothing if there is no such command."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
+
+
 def surroundings() -> dict:
     import torch
 
     gpu = torch.cuda.get_device_properties(0)
-    found = {
+    return {
         "gpu": gpu.name,
         "gpus": torch.cuda.device_count(),
         "capability": f"{gpu.major}.{gpu.minor}",
@@ -195,20 +200,10 @@ def surroundings() -> dict:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "nvcc": ", ".join(re.findall(r"release [\d.]+|V[\d.]+", printed("nvcc", "--version"))),
+        "driver": printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "commit": printed("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
     }
-    tool = shutil.which("nvcc")
-    if tool:
-        text = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
-        found["nvcc"] = ", ".join(re.findall(r"release [\d.]+|V[\d.]+", text))
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    tool = shutil.which("git")
-    if tool:
-        head = subprocess.run([tool, "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-        found["commit"] = head.stdout.strip()
-    return found
 
 
 def table(report: dict) -> str:
@@ -363,13 +358,8 @@ def measure(arguments: argparse.Namespace) -> int:
 
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for cells, count, images, samples in (
-        (300, 1000, 1, 64),
-        (300, 1000, 1, 2048),
-        (300, 1000, 8, 64),
-        (300, 1000, 8, 2048),
-        (750, 1968, 1, 2048),
-    ):
+    scenes = [(300, 1000, images, samples) for images in (1, 8) for samples in (64, 2048)] + [(750, 1968, 1, 2048)]
+    for cells, count, images, samples in scenes:
         grid = AnchorGrid.from_cell_anchors([cell_anchors([16, 32, 64, 128], [1.0])], [4], [(cells, cells)])
         side = torch.exp(1.8 + 3.5 * torch.rand(count, 1, generator=generator))
         corner = torch.rand(count, 2, generator=generator) * (4 * cells - side).clamp(min=0)

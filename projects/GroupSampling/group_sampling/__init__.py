@@ -7,10 +7,20 @@ The core imports torch, torchvision.ops, numpy and fvcore; Detectron2 and torchv
 import importlib
 import importlib.abc
 import sys
+from typing import Any
 
 from .version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["FaceDetector", "Faces", "__version__"]
+
+_MODULES = {"FaceDetector": "detector", "Faces": "faces"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads torch only when the name is used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 class _TorchBeforeExtension(importlib.abc.MetaPathFinder):

@@ -8,9 +8,10 @@ torchvision ResNet is recognized by its names and converted while it is loaded, 
 import argparse
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
@@ -205,6 +206,87 @@ def resolve_weights(path: str) -> str:
     return path
 
 
+class Description(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    config: str = ""  # YAML of the training's config, see config.dump_config; "": the file has none
+    class_names: tuple[str, ...] = ()  # by class index
+
+
+UNDERSTOOD_FORMATS = (
+    "Understood are checkpoints of this project, of Detectron2 and of torchvision, written by torch.save: a dict of "
+    'tensors by parameter name, alone or under "model" or "state_dict", with or without the prefix "module."'
+)
+
+
+def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a file without running code from it.
+
+    Args:
+        mmap: do not read the weights before they are used; the file must stay as it is until then.
+
+    Returns:
+        "model", the tensors by parameter name, and what else the file holds.
+
+    Raises:
+        ValueError: a pickle, damaged, or of a format that is not understood.
+    """
+    if os.fspath(path).endswith((".pkl", ".pyth")):
+        raise ValueError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
+    mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        found = type(checkpoint).__name__
+        raise ValueError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
+    key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
+    weights = checkpoint if key is None else checkpoint[key]
+    rest = {} if key is None else {name: value for name, value in checkpoint.items() if name != key}
+    if not any(isinstance(value, Tensor) for value in weights.values()):
+        found = list(weights)[:5]
+        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
+    weights = dict(weights)
+    if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel or DataParallel
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return {**rest, "model": weights}
+
+
+def read_description(path: str | os.PathLike) -> Description:
+    """What a checkpoint says of itself; empty for files of other projects and of older versions.
+
+    Raises:
+        ConfigError, ValueError: as :func:`resolve_weights` and :func:`read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(resolve_weights(os.fspath(path)), mmap=True)
+    return Description(checkpoint.get("config", ""), tuple(checkpoint.get("class_names", ())))
+
+
+def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
+    """The config in the file ``weights``, or "" where ``config_file`` is given.
+
+    Args:
+        needed_by: how the user names the weights, for the message.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if config_file:
+        return ""
+    if not weights:
+        raise ConfigError(f"expected --config-file FILE, or a checkpoint that carries its config as {needed_by}")
+    config = read_description(weights).config
+    if not config:
+        raise ConfigError(
+            f"{weights}: the file does not carry the config of its training, as those of this project do since they "
+            "describe themselves; give the config with --config-file FILE"
+        )
+    return config
+
+
 class CheckpointMixin:
     """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
 
@@ -214,12 +296,15 @@ class CheckpointMixin:
     """
 
     naming: str
+    description = Description()  # set by the training
 
     def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), "engine": self.naming}
+        if self.description.config:
+            data.update(config=self.description.config, class_names=list(self.description.class_names))
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -247,26 +332,16 @@ class CheckpointMixin:
         return extra
 
     def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
-        if filename.endswith((".pkl", ".pyth")):
-            raise ValueError(
-                f"{filename}: pickled weights can run code and are not loaded; convert them to a .pth file"
-            )
-        try:
-            checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{filename}: not a checkpoint that torch.load(weights_only=True) reads: {error}"
-            ) from error
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"{filename}: expected a dict of parameters, got {type(checkpoint).__name__}")
-        if "model" not in checkpoint:
-            checkpoint = {"model": checkpoint}
-        model = checkpoint["model"] = dict(checkpoint["model"])
+        checkpoint = read_checkpoint(filename)
+        model = checkpoint["model"]
         convert_in_place(model, self.naming, self.model)
-        if not model.keys() & self.model.state_dict().keys():
+        expected = self.model.state_dict()
+        if not model.keys() & expected.keys():
+            missing = [name for name in expected if not _OPTIONAL.search(name)]
             raise ValueError(
                 f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
-                "to this model"
+                f"to this model, which lacks all of its {len(missing)} ({', '.join(missing[:3])}, ...). "
+                f"{UNDERSTOOD_FORMATS}"
             )
         refuse_partial_weights(model, self.model, file=filename)
         return checkpoint
@@ -279,10 +354,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("target", metavar="TARGET", help="file to write; optimizer state is not copied")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), required=True)
     args = parser.parse_args(argv)
-    checkpoint = torch.load(args.source, map_location="cpu", weights_only=True)
-    model = convert_names(checkpoint.get("model", checkpoint), args.engine)
+    checkpoint = read_checkpoint(args.source)
+    converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
+    converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
     with atomic_file(args.target) as file:
-        torch.save({"model": model, "engine": args.engine}, file)
+        torch.save(converted, file)
 
 
 if __name__ == "__main__":

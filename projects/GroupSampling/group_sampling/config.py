@@ -79,8 +79,11 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     pyramid.VOTE_THRESH = 0.0
 
 
-def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str], *, saved: str = "") -> None:
     """Merge a YAML file (with its ``_BASE_``) and command-line overrides into ``cfg``.
+
+    Args:
+        saved: YAML text of :func:`dump_config`, merged before both; "": none.
 
     Raises:
         ConfigError: no such file, an unknown key or a value of the wrong type, naming file and key.
@@ -89,8 +92,11 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         raise ConfigError(f"--config-file {config_file}: no such file")
     if len(opts) % 2:
         raise ConfigError(f"command line: expected pairs KEY VALUE, got {list(opts)}")
-    where = config_file
+    where = "the config in the checkpoint"
     try:
+        if saved:
+            cfg.merge_from_other_cfg(type(cfg)(yaml.safe_load(saved)))
+        where = config_file
         if config_file:
             cfg.merge_from_file(config_file, allow_unsafe=False)
         where = "command line"
@@ -104,6 +110,39 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         raise ConfigError(f"{where}: not plain YAML: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
+    """YAML of a config for a checkpoint, which either engine can merge into its own defaults.
+
+    Written are the keys of this project, and of Detectron2's, which both engines share or one of them lacks, those that
+    differ from ``defaults``. ``OUTPUT_DIR`` is left out: it names a folder of the machine that trained, and checkpoints
+    of the same training are the same bytes wherever it ran.
+
+    Args:
+        defaults: Detectron2's, the keys of the project among them or not.
+    """
+    project = type(cfg)(new_allowed=True)
+    for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST"):
+        project[name] = type(cfg)()
+    add_group_sampling_config(project)
+    own = set(_keys(project))
+
+    def differing(cfg: CfgNode, defaults: CfgNode, prefix: str) -> dict[str, Any]:
+        kept = {}
+        for name, value in cfg.items():
+            key, default = prefix + name, defaults.get(name)
+            if key == "OUTPUT_DIR":
+                continue
+            if isinstance(value, CfgNode):
+                children = differing(value, default if isinstance(default, CfgNode) else type(cfg)(), f"{key}.")
+                if children:
+                    kept[name] = children
+            elif key in own or name not in defaults or value != default:
+                kept[name] = value
+        return kept
+
+    return yaml.safe_dump(differing(cfg, defaults, ""))
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:

@@ -41,7 +41,7 @@ class ImagePyramid:
 
     A level with a side over ``max_side`` is cut into overlapping tiles: the detector's memory does not grow with the
     scale, and no level is made smaller than asked for. A detection that ends at an inner edge of its tile is dropped
-    where the neighbouring tile holds all of it. So a face smaller than the overlap is found whole; of a larger one
+    where the neighboring tile holds all of it. So a face smaller than the overlap is found whole; of a larger one
     nothing is dropped, but it can come in parts.
 
     Args:
@@ -49,7 +49,7 @@ class ImagePyramid:
         scales: factors, distinct.
         flip: detect on the mirror image of every level as well.
         max_side: largest side of what the detector gets to see, in pixels (the paper's limit is 3,000).
-        tile_overlap: of neighbouring tiles, in pixels.
+        tile_overlap: of neighboring tiles, in pixels.
         nms_thresh: IoU above which the lower-scoring of two boxes of a class is removed; on equal scores that of the
             later scale, of the mirror image.
         vote_thresh: box voting: a box that NMS keeps becomes the mean, weighted by score, of all boxes of its class
@@ -95,7 +95,7 @@ class ImagePyramid:
     def __call__(
         self, image: np.ndarray, detect: Callable[[np.ndarray], Detections], size: tuple[int, int] | None = None
     ) -> Detections:
-        """Detects on all levels of ``image``.
+        """Detect on all levels of ``image``.
 
         Args:
             image: (H, W, 3) uint8, with its original pixels for the best result at scales above 1.
@@ -138,9 +138,9 @@ class ImagePyramid:
 
 
 def tile_spans(side: int, max_side: int, overlap: int) -> list[tuple[int, int]]:
-    """Cuts a side of ``side`` pixels into spans [start, end) of at most ``max_side``, as few and as equal as possible.
+    """Cut a side of ``side`` pixels into spans [start, end) of at most ``max_side``, as few and as equal as possible.
 
-    Neighbours share ``overlap`` pixels. Every start is a multiple of 32.
+    Neighbors share ``overlap`` pixels. Every start is a multiple of 32.
     """
     if side <= max_side:
         return [(0, side)]
@@ -153,7 +153,7 @@ def tile_spans(side: int, max_side: int, overlap: int) -> list[tuple[int, int]]:
 def merge_detections(
     levels: Sequence[Detections], *, nms_thresh: float, vote_thresh: float = 0.0, max_detections: int
 ) -> Detections:
-    """Merges detections of one image by NMS within each class, and by box voting; see :class:`ImagePyramid`.
+    """Merge detections of one image by NMS within each class, and by box voting; see :class:`ImagePyramid`.
 
     Args:
         levels: at least one, in pixels of the same image. On equal scores the earlier level goes first.
@@ -185,7 +185,7 @@ def _vote(kept: Detections, candidates: Detections, vote_thresh: float) -> Tenso
 
 
 def _is_cut(spans: Tensor, tile: tuple[int, int], tiles: Sequence[tuple[int, int]], overlap: int) -> Tensor:
-    """Which boxes a tile cut while its neighbour on that side holds all that this tile sees of them, along one axis.
+    """Which boxes a tile cut while its neighbor on that side holds all that this tile sees of them, along one axis.
 
     Args:
         spans: (k, 2) start and end of the boxes along the axis, in pixels of the level.
@@ -195,7 +195,7 @@ def _is_cut(spans: Tensor, tile: tuple[int, int], tiles: Sequence[tuple[int, int
     (start, end), low, high = tile, spans[:, 0], spans[:, 1]
     cut = torch.zeros_like(low, dtype=torch.bool)
     if start > tiles[0][0]:
-        # The neighbour must not have cut it too, or both would drop it.
+        # The neighbor must not have cut it too, or both would drop it.
         cut |= (low <= start + _TOUCHING) & (high < start + overlap - _TOUCHING)
     if end < tiles[-1][1]:
         cut |= (high >= end - _TOUCHING) & (low > end - overlap + _TOUCHING)

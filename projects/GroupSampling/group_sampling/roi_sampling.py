@@ -115,7 +115,9 @@ class ProposalSampler(ABC):
     def scale_ids(self, boxes: Tensor) -> Tensor:
         """(n,) int64 index of the scale nearest to each of the (n, 4) boxes, the smaller one on a tie."""
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        return torch.bucketize(area, area.new_tensor(scale_borders(self.scales)))
+        # As torch.bucketize, for which the borders would have to be copied to a GPU; NaN is past them all.
+        is_past = [~(area <= border) for border in scale_borders(self.scales)]
+        return sum(is_past, torch.zeros_like(area, dtype=torch.int64))
 
     @torch.no_grad()
     def __call__(
@@ -126,7 +128,7 @@ class ProposalSampler(ABC):
         *,
         iteration: int,
     ) -> list[ProposalSample]:
-        """Draw for a batch of B images.
+        """Draw for a batch of B images. Waits once for a GPU, for how many were drawn of each image.
 
         The draw depends on (seed, iteration, rank, image, group) and the proposals alone, and is independent of the
         draw of the anchors.
@@ -140,7 +142,7 @@ class ProposalSampler(ABC):
         """
         first = first_image(len(proposals))
         ignore_boxes = [None] * len(proposals) if ignore_boxes is None else ignore_boxes
-        samples = []
+        found = []
         for image, (boxes, gt, ignore) in enumerate(zip(proposals, gt_boxes, ignore_boxes)):
             match = match_anchors(
                 boxes,
@@ -163,9 +165,15 @@ class ProposalSampler(ABC):
                 first_image=first + image,
             )
             index = drawn.indices.flatten()
-            index = index[index >= 0]
-            samples.append(ProposalSample(index, labels[index], match.matched_gt[index], scale_ids[index]))
-        return samples
+            index = index[(index < 0).sort(stable=True).indices]  # those drawn first, in their order
+            found.append((index, (index >= 0).sum(), labels, match.matched_gt, scale_ids))
+        if not found:
+            return []
+        counts = torch.stack([count for _, count, *_ in found]).tolist()  # the only wait for a GPU
+        return [
+            ProposalSample(index[:count], *(values[index[:count]] for values in parts))
+            for (index, _, *parts), count in zip(found, counts)
+        ]
 
     def count_by_scale(self, samples: Sequence[ProposalSample]) -> tuple[Tensor, Tensor]:
         """(S,) positives and (S,) negatives drawn of each of :attr:`scales`, mean over the images."""

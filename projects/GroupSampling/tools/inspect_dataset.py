@@ -4,8 +4,8 @@
     python inspect_dataset.py --config-file configs/fpn_finest_sampling.yaml --dataset wider_face_train --output look
     python inspect_dataset.py --config-file FILE --annotations my/train.json --images my/images --output look
 
-Writes samples.png (pictures with their boxes), sizes.png (sizes of the faces beside the anchor scales, and the share of
-faces without a positive anchor at each factor of the scale jitter), report.txt and report.json. Reads the header of
+Writes samples.png (pictures with their boxes), sizes.png (sizes of the faces next to the anchor scales, and the share
+of faces without a positive anchor at each factor of the scale jitter), report.txt and report.json. Reads the header of
 every image file, and needs no GPU. The exit code is 1 if files are missing or broken, and everything is written then.
 """
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 """Draw what a trained detector finds on an image, at a single scale and on an image pyramid.
 
-    python show_detections.py --config-file FILE --weights FILE --image photo.jpg --output found.png
+    python show_detections.py --weights FILE --image photo.jpg --output found.png
     python show_detections.py ... --image val/000003 --scales 0.5 1 2 --flip DATASETS.TEST "('synthetic_faces_val',)"
 
 An image is a file, or the id of an image of DATASETS.TEST, whose annotated faces are drawn as well. With --scales there
-are two panels: the single-scale test, and the pyramid. Runs on either engine, whichever trained the weights.
+are two panels: the single-scale test, and the pyramid. Runs on either engine, whichever trained the weights. For
+pictures without annotations see predict.py.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,15 @@ from group_sampling.config import ConfigError
 from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.data.images import read_image
 from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError
-from group_sampling.detections import Detections
+from group_sampling.detector import FaceDetector
 from group_sampling.engines.build import load_records
-from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.env import ENGINES
 from group_sampling.experiments.plots import FACE_COLOR, FOUND_COLOR, plot_detections
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="the detector's config")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="for weights that do not carry theirs")
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint, of either engine")
     parser.add_argument("--image", required=True, help="an image file, or the id of an image of DATASETS.TEST")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture, .png, .jpg, .pdf ...")
@@ -40,49 +41,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_args(argv)
-
-
-# (config, image (H, W, 3) uint8) -> Detections on the CPU, found on the config's image pyramid
-Detect = Callable[[CfgNode, np.ndarray], Detections]
-
-
-def load_detector(engine: str, config_file: str, weights: str, opts: list[str]) -> tuple[CfgNode, Detect]:
-    """The config, and the detector of these weights."""
-    if engine == "detectron2":
-        from detectron2.modeling import build_model
-
-        from group_sampling.engines.d2 import GroupSamplingCheckpointer, GroupSamplingTTA
-        from group_sampling.engines.d2.train import load_config
-
-        cfg = load_config(config_file, opts)
-        model = build_model(cfg).eval()
-
-        def detect(cfg: CfgNode, image: np.ndarray) -> Detections:
-            found = GroupSamplingTTA(cfg, model)([{"image": torch.as_tensor(image).permute(2, 0, 1)}])[0]["instances"]
-            return Detections(found.pred_boxes.tensor, found.scores).numpy()
-    else:
-        from group_sampling.engines.tv.config import load_config
-        from group_sampling.engines.tv.model import build_model
-        from group_sampling.engines.tv.train import GroupSamplingCheckpointer
-        from group_sampling.engines.tv.tta import GroupSamplingTTA
-
-        cfg = load_config(config_file, opts)
-        model = build_model(cfg).to(cfg.MODEL.DEVICE).eval()
-
-        def detect(cfg: CfgNode, image: np.ndarray) -> Detections:
-            found = GroupSamplingTTA(cfg, model)([torch.as_tensor(image).permute(2, 0, 1).to(cfg.MODEL.DEVICE)])[0]
-            return Detections(found["boxes"], found["scores"]).numpy()
-
-    GroupSamplingCheckpointer(model).load(weights)
-    return cfg, detect
-
-
-def with_pyramid(cfg: CfgNode, scales: Sequence[float], flip: bool) -> CfgNode:
-    """A copy of ``cfg`` with these levels; scale 1 alone is the single-scale test."""
-    cfg = cfg.clone()
-    cfg.TEST.PYRAMID.SCALES = tuple(scales)
-    cfg.TEST.PYRAMID.FLIP = flip
-    return cfg
 
 
 def find_image(cfg: CfgNode, image: str) -> ImageRecord:
@@ -108,8 +66,14 @@ def count_found(faces: np.ndarray, boxes: np.ndarray) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    engine = resolve_engine(args.engine)
-    cfg, detect = load_detector(engine, args.config_file, args.weights, args.opts)
+    detector = FaceDetector.from_checkpoint(
+        args.weights,
+        engine=args.engine,
+        score_thresh=args.score_threshold,
+        config_file=args.config_file,
+        opts=args.opts,
+    )
+    cfg = detector.cfg
     record = find_image(cfg, args.image)
     image, faces = read_image(record), record.boxes[~record.ignore]
     tests = {"single scale": ((1.0,), False)}
@@ -118,15 +82,16 @@ def show(args: argparse.Namespace) -> None:
         tests[f"scales {', '.join(f'{scale:g}' for scale in args.scales)}{mirrored}"] = (args.scales, args.flip)
     panels = {}
     for title, (scales, flip) in tests.items():
-        found = detect(with_pyramid(cfg, scales, flip), image)
-        found = found.select(found.scores >= args.score_threshold)
+        found = detector.with_scales(scales, flip)(image)
         summary = f"{title}: {len(found.boxes)} detections of score ≥ {args.score_threshold:g}"
         if len(faces):
             summary += f"\n{count_found(faces, found.boxes)} of {len(faces)} faces found (IoU ≥ 0.5)"
         panels[summary] = found
         print(summary.replace("\n", ", "))
     plot_detections(image, faces, panels, args.output, panel_size=5.0)
-    print(f"engine: {engine}; {args.output}: detections {FOUND_COLOR}, annotated faces {FACE_COLOR} and dashed")
+    print(
+        f"engine: {detector.engine}; {args.output}: detections {FOUND_COLOR}, annotated faces {FACE_COLOR} and dashed"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -134,7 +134,7 @@ def _load(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _by_id(content: dict[str, Any], key: str, name: str) -> dict[int, dict[str, Any]]:
-    """Returns the list ``content[key]`` as id -> entry, in the file's order."""
+    """Return the list ``content[key]`` as id -> entry, in the file's order."""
     entries: dict[int, dict[str, Any]] = {}
     for index, entry in enumerate(_get(content, key, list, name)):
         place = f"{name}: {key}[{index}]"

@@ -95,10 +95,10 @@ def read_annotations(folder: str | os.PathLike, image_root: str | os.PathLike | 
 def read_records(
     folder: str | os.PathLike[str], image_root: str | os.PathLike[str], *, report: DataReport | None = None
 ) -> list[ImageRecord]:
-    """Reads the folds in ``folder`` in ascending order. Opens no image.
+    """Read the folds in ``folder`` in ascending order. Opens no image.
 
-    ``image_id`` is the path in the lists, as ``2002/08/11/big/img_591``. Where ``image_sizes.csv`` lies beside the
-    folds, sizes are known and boxes clipped to them; else boxes may reach out of their image. ``annotation`` of a
+    ``image_id`` is the path in the lists, as ``2002/08/11/big/img_591``. Where ``image_sizes.csv`` is in the folder of
+    the folds, sizes are known and boxes clipped to them; else boxes may reach out of their image. ``annotation`` of a
     record is its :class:`FDDBImage`.
 
     Args:

@@ -50,13 +50,13 @@ def read_yolo(
     class_of = {class_id: index for index, class_id in enumerate(names)}
     folder = Path(labels)
     if not folder.is_dir():
-        raise AnnotationError(f"{folder}: expected the folder of the YOLO label files, found no such folder")
+        raise AnnotationError(f"{folder}: expected the folder of the YOLO label files, got no such folder")
     waiting = {file for file in folder.rglob("*.txt") if file.name not in _NO_LABELS}
     records, taken = [], {}
     for path in _find_images(images):
         file = folder / Path(path).with_suffix(".txt")
         if taken.setdefault(file, path) != path:
-            raise AnnotationError(f"{file}: expected the labels of one image, found {taken[file]} and {path}")
+            raise AnnotationError(f"{file}: expected the labels of one image, got {taken[file]} and {path}")
         file_name = os.path.join(images, path)
         height, width = read_size(file_name)
         rows, classes, places = [], [], []
@@ -66,9 +66,7 @@ def read_yolo(
                 class_id, row = _parse_yolo(place, line, height, width)
                 if class_id not in class_of:
                     known = ", ".join(f"{key} ({name})" for key, name in names.items())
-                    raise AnnotationError(
-                        f"{place}: expected a class of {known}, found {class_id}: --names gives names"
-                    )
+                    raise AnnotationError(f"{place}: expected a class of {known}, got {class_id}: --names gives names")
                 rows.append(row)
                 classes.append(class_of[class_id])
                 places.append(place)
@@ -91,7 +89,7 @@ def read_yolo_names(file: PathLike) -> dict[int, str]:
         try:
             content = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise AnnotationError(f"{file}: expected YAML, found: {error}") from error
+            raise AnnotationError(f"{file}: expected YAML, got: {error}") from error
         found = content.get("names") if isinstance(content, dict) else None
     if isinstance(found, list):
         found = dict(enumerate(found))
@@ -125,7 +123,7 @@ def read_voc(
     report = report if report is not None else DataReport()
     files = sorted(Path(annotations).rglob("*.xml"))
     if not files:
-        raise AnnotationError(f"{os.fspath(annotations)}: expected a folder of XML files, found none")
+        raise AnnotationError(f"{os.fspath(annotations)}: expected a folder of XML files, got none")
     root, known = ImageRoot(images), None
     parsed: list[tuple] = []
     taken: dict[str, Path] = {}
@@ -133,7 +131,7 @@ def read_voc(
         try:
             tree = ElementTree.fromstring(file.read_bytes())
         except ElementTree.ParseError as error:
-            raise AnnotationError(f"{file}: expected XML, found: {error}") from error
+            raise AnnotationError(f"{file}: expected XML, got: {error}") from error
         path = (tree.findtext("filename") or "").strip()
         relative = file.relative_to(annotations).with_suffix("")
         if not path or not os.path.isfile(root.join(path, str(file))):
@@ -141,16 +139,16 @@ def read_voc(
                 known = {os.path.splitext(image)[0]: image for image in _find_images(images)}
             if str(relative) not in known:
                 raise AnnotationError(
-                    f"{file}: expected its image below {os.fspath(images)}, found neither {path!r} nor {relative}.*"
+                    f"{file}: expected its image below {os.fspath(images)}, got neither {path!r} nor {relative}.*"
                 )
             path = known[str(relative)]
         if taken.setdefault(path, file) != file:
-            raise AnnotationError(f"{file}: expected each image once, found {path} again, first in {taken[path]}")
+            raise AnnotationError(f"{file}: expected each image once, got {path} again, first in {taken[path]}")
         size = read_size(root.join(path, str(file)))
         declared = [tree.findtext(f"size/{side}", "0").strip() for side in ("height", "width")]
         if declared not in (["0", "0"], [str(side) for side in size]):  # zeros: some tools leave the size out
             raise AnnotationError(
-                f"{file}: expected the size of the upright image, {size[1]}x{size[0]}, found "
+                f"{file}: expected the size of the upright image, {size[1]}x{size[0]}, got "
                 f"{declared[1]}x{declared[0]}: its boxes belong to another picture or orientation"
             )
         rows, names, difficult, places = [], [], [], []
@@ -158,7 +156,7 @@ def read_voc(
             place = f"{file}: object {index}"
             name = (entry.findtext("name") or "").strip()
             if not name:
-                raise AnnotationError(f"{place}: expected <name>, found none")
+                raise AnnotationError(f"{place}: expected <name>, got none")
             x1, y1, x2, y2 = (_number(entry, f"bndbox/{side}", place) for side in ("xmin", "ymin", "xmax", "ymax"))
             rows.append([x1 - 1, y1 - 1, x2 - (x1 - 1), y2 - (y1 - 1)])
             names.append(name)
@@ -207,18 +205,18 @@ def read_retinaface(
             path = " ".join(words)
             file_name = root.join(path, place)
             if path in entries:
-                raise AnnotationError(f"{place}: expected each image once, found {path} again")
+                raise AnnotationError(f"{place}: expected each image once, got {path} again")
             size = read_size(file_name)
             if declared not in (None, size):
                 raise AnnotationError(
-                    f"{place}: expected the size of the upright image, {size[1]}x{size[0]}, found "
+                    f"{place}: expected the size of the upright image, {size[1]}x{size[0]}, got "
                     f"{declared[1]}x{declared[0]}"
                 )
             rows, places = [], []
             entries[path] = file_name, size, rows, places
             continue
         if not entries:
-            raise AnnotationError(f'{place}: expected "# path of an image", found {line[:80]!r}')
+            raise AnnotationError(f'{place}: expected "# path of an image", got {line[:80]!r}')
         x, y, *corner = _floats(place, line, "x y width height and landmarks", (4, 19, 20))[:4]
         rows.append([x, y, *corner] if declared is None else [x, y, corner[0] - x, corner[1] - y])
         places.append(place)
@@ -267,11 +265,11 @@ def _refuse_strays(strays: Iterable[Path], folder: Path, images: PathLike, *, nu
     strays = sorted(strays)
     if strays:
         raise AnnotationError(
-            f"{folder}: expected an image below {os.fspath(images)} for every label file, found none for "
+            f"{folder}: expected an image below {os.fspath(images)} for every label file, got none for "
             f"{len(strays)} of them, the first {strays[0]}"
         )
     if not any(folder.rglob("*.txt")):
-        raise AnnotationError(f"{folder}: expected label files for the {num_labels} images, found none")
+        raise AnnotationError(f"{folder}: expected label files for the {num_labels} images, got none")
 
 
 def _record(
@@ -296,10 +294,10 @@ def _record(
 def _parse_yolo(place: str, line: str, height: int, width: int) -> tuple[int, list[float]]:
     class_id, *shares = _floats(place, line, "class x_center y_center width height", (5, 15))
     if not (class_id >= 0 and class_id == int(class_id)):
-        raise AnnotationError(f"{place}: expected a class number, found {class_id:g}")
+        raise AnnotationError(f"{place}: expected a class number, got {class_id:g}")
     x, y, w, h = shares[:4]
     if not max(map(abs, shares[:4])) <= 2:
-        raise AnnotationError(f"{place}: expected shares of the image's sides, found {line[:80]!r}: are these pixels?")
+        raise AnnotationError(f"{place}: expected shares of the image's sides, got {line[:80]!r}: are these pixels?")
     corners = [_snap(x - w / 2), _snap(y - h / 2), _snap(x + w / 2), _snap(y + h / 2)]
     if w < 0 or h < 0:  # left as they are, for the report
         corners = [x, y, x + w, y + h]
@@ -320,7 +318,7 @@ def _floats(place: str, line: str, expectation: str, counts: tuple[int, ...]) ->
         values = []
     if len(values) not in counts:
         raise AnnotationError(
-            f"{place}: expected {expectation!r} ({' or '.join(map(str, counts))} numbers), found {line[:80]!r}"
+            f"{place}: expected {expectation!r} ({' or '.join(map(str, counts))} numbers), got {line[:80]!r}"
         )
     return values
 
@@ -330,7 +328,7 @@ def _number(entry: ElementTree.Element, path: str, place: str) -> float:
     try:
         return float(text)
     except (TypeError, ValueError):
-        raise AnnotationError(f"{place}: expected a number in <{path}>, found {text!r}") from None
+        raise AnnotationError(f"{place}: expected a number in <{path}>, got {text!r}") from None
 
 
 def _read_text(file: PathLike) -> str:
@@ -338,7 +336,7 @@ def _read_text(file: PathLike) -> str:
         try:
             return stream.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise AnnotationError(f"{os.fspath(file)}: expected text, found: {error}") from error
+            raise AnnotationError(f"{os.fspath(file)}: expected text, got: {error}") from error
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:

@@ -29,11 +29,15 @@ def read_image(record: ImageRecord) -> np.ndarray:
         raise
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything, SyntaxError included
         raise UnreadableImageError(record.file_name, f"{type(error).__name__}: {error}") from error
-    height, width = image.shape[:2]
+    check_size(record, *image.shape[:2])
+    return image
+
+
+def check_size(record: ImageRecord, height: int, width: int) -> None:
+    """Raise UnreadableImageError if the upright image has another size than annotated."""
     if record.height is not None and (height, width) != (record.height, record.width):
         reason = f"expected {record.width}x{record.height} pixels as annotated, got {width}x{height} when upright"
         raise UnreadableImageError(record.file_name, reason)
-    return image
 
 
 def image_size(record: ImageRecord) -> tuple[int, int]:

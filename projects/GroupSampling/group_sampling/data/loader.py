@@ -85,7 +85,7 @@ class TrainingStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
-        max_bad_share: float = 0.05,
+        max_bad_share: float,
     ) -> None:
         if not records:
             raise ValueError("records: expected at least one image to train on, got none")
@@ -95,7 +95,8 @@ class TrainingStream(IterableDataset):
             raise ValueError(f"expected start_batch >= 0 and seed >= 0, got {start_batch} and {seed}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected a share in [0, 1], got {max_bad_share}")
-        _check_rank(rank, world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 <= rank < world_size, got rank {rank} of {world_size}")
         self.records = records
         self.transform = transform
         self.to_example = to_example
@@ -115,7 +116,7 @@ class TrainingStream(IterableDataset):
             batch += step
 
     def batch(self, index: int) -> Batch:
-        """Makes batch ``index`` of this rank."""
+        """Make batch ``index`` of this rank."""
         first_draw = (index * self.world_size + self.rank) * self.images_per_batch
         examples, skipped, outside = [], [], {}
         for draw in range(first_draw, first_draw + self.images_per_batch):
@@ -133,7 +134,7 @@ class TrainingStream(IterableDataset):
         return Batch(examples, skipped, outside)
 
     def _read(self, draw: int, skipped: list[SkippedImage]) -> tuple[ImageRecord, np.ndarray]:
-        """Reads the image of ``draw``, or the first readable one of its replacements."""
+        """Read the image of ``draw``, or the first readable one of its replacements."""
         epoch, position = divmod(draw, len(self.records))
         index = _epoch_order(self.seed, epoch, len(self.records))[position]
         replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])
@@ -166,9 +167,14 @@ class TrainLoader(DataLoader):
         num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
     """
 
-    def __init__(self, stream: TrainingStream, num_workers: int) -> None:
+    def __init__(self, stream: TrainingStream, num_workers: int, pin_memory: bool = False) -> None:
         super().__init__(
-            stream, batch_size=None, collate_fn=_identity, num_workers=num_workers, generator=_own_generator()
+            stream,
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=_own_generator(),
         )
         self.skipped_files: dict[str, str] = {}
         self.outside_boxes: dict[str, int] = {}
@@ -224,10 +230,15 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
     start_batch: int = 0,
-    num_workers: int = 0,
-    max_bad_share: float = 0.05,
+    num_workers: int,
+    max_bad_share: float,
+    pin_memory: bool = False,
 ) -> TrainLoader:
-    """Endless loader of training batches; see :class:`TrainingStream` for the arguments and what it promises."""
+    """Endless loader of training batches; see :class:`TrainingStream` for the arguments and what it promises.
+
+    Args:
+        pin_memory: put the tensors of a batch into pinned memory, from which they move to a GPU without a wait.
+    """
     stream = TrainingStream(
         records,
         transform,
@@ -239,7 +250,7 @@ def build_train_loader(
         start_batch=start_batch,
         max_bad_share=max_bad_share,
     )
-    return TrainLoader(stream, num_workers)
+    return TrainLoader(stream, num_workers, pin_memory)
 
 
 def build_test_loader(
@@ -247,23 +258,16 @@ def build_test_loader(
     transform: TestTransform,
     to_example: ToExample,
     *,
-    images_per_batch: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
+    num_workers: int,
 ) -> DataLoader:
-    """Loader of this rank's share of an evaluation: records rank, rank + world_size, ..., each once.
+    """Loader of an evaluation: yields the example of every record, in their order.
 
-    Yields lists of examples. ``to_example`` gets the boxes in pixels of the resized image, the record with those of the
-    original one, and the index of the record as its draw. An unreadable image raises UnreadableImageError.
+    ``to_example`` gets the boxes in pixels of the resized image, the record with those of the original one, and the
+    index of the record as its draw. An unreadable image raises UnreadableImageError.
     """
-    if images_per_batch < 1:
-        raise ValueError(f"images_per_batch: expected at least 1, got {images_per_batch}")
-    _check_rank(rank, world_size)
-    images = _TestImages(records, transform, to_example, range(rank, len(records), world_size))
     return DataLoader(
-        images,
-        batch_size=images_per_batch,
+        _TestImages(records, transform, to_example),
+        batch_size=None,
         collate_fn=_identity,
         num_workers=num_workers,
         generator=_own_generator(),
@@ -276,19 +280,15 @@ def filter_empty(records: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 
 class _TestImages(Dataset):
-    def __init__(
-        self, records: Sequence[ImageRecord], transform: TestTransform, to_example: ToExample, indices: range
-    ) -> None:
+    def __init__(self, records: Sequence[ImageRecord], transform: TestTransform, to_example: ToExample) -> None:
         self._records = records
         self._transform = transform
         self._to_example = to_example
-        self._indices = indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._records)
 
-    def __getitem__(self, position: int) -> Any:
-        index = self._indices[position]
+    def __getitem__(self, index: int) -> Any:
         record = self._records[index]
         image = read_image(record)
         sample = self._transform(image, record.boxes, record.ignore, record.classes)
@@ -299,11 +299,6 @@ class _TestImages(Dataset):
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
     return np.random.default_rng([seed, _EPOCH, epoch]).permutation(num_records)
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 <= rank < world_size, got rank {rank} of {world_size}")
 
 
 def _list_files(reasons: dict[str, str]) -> str:

@@ -86,7 +86,7 @@ class DataReport:
         return sum(self.counts[kind] for kind in _DROPPED)
 
     def note(self, kind: str, place: str) -> None:
-        """Counts one box of ``kind`` found at ``place``."""
+        """Count one box of ``kind`` found at ``place``."""
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < _NUM_EXAMPLES:
@@ -108,7 +108,7 @@ class DataReport:
 def usable_boxes(
     xywh: Sequence[Sequence[float]], size: tuple[int, int] | None, places: Sequence[str], report: DataReport
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turns the annotated (x, y, width, height) of one image into the XYXY boxes that a face can be learnt from.
+    """Turn the annotated (x, y, width, height) of one image into the XYXY boxes that a face can be learned from.
 
     Args:
         size: (height, width) of the image. With it, boxes are clipped to the image, and dropped when nothing is left.
@@ -151,7 +151,7 @@ class ImageRoot:
         self._checked_folders: set[str] = set()
 
     def join(self, path: str, place: str) -> str:
-        """Returns ``root/path``.
+        """Return ``root/path``.
 
         Raises:
             AnnotationError: ``path`` is empty, absolute, has a ".." part or a NUL, or a link on it leaves the root.

@@ -48,7 +48,7 @@ def is_address(file_name: str) -> bool:
 
 
 def render(address: str) -> np.ndarray:
-    """Paints the image of ``address``: (height, width, 3) uint8 RGB.
+    """Paint the image of ``address``: (height, width, 3) uint8 RGB.
 
     Raises:
         AnnotationError: it is not the address of a procedural image.
@@ -59,7 +59,7 @@ def render(address: str) -> np.ndarray:
 
 
 def layout(split: str, index: int, height: int, width: int, seed: int) -> Scene:
-    """Draws where the figures of an image are.
+    """Draw where the figures of an image are.
 
     Sizes are log-uniform in [MIN_SIZE, MAX_SIZE], or up to what the image can hold. Figures are placed from near to
     far, each where nearer ones leave enough of it to be seen; one that finds no such place is left out.
@@ -87,7 +87,7 @@ def layout(split: str, index: int, height: int, width: int, seed: int) -> Scene:
 def _place(
     kind: str, size: float, height: int, width: int, opaque: Sequence[Shape], rng: np.random.Generator
 ) -> Figure | None:
-    """Finds a place for a figure whose head has a bounding box of area size²; None: no place shows enough of it."""
+    """Find a place for a figure whose head has a bounding box of area size²; None: no place shows enough of it."""
     angle = float(np.clip(rng.normal(0, 0.18), -0.5, 0.5))
     head = Shape(0, 0, 1, _ASPECT * math.exp(rng.normal(0, 0.06)), angle)
     _, _, reach_x, reach_y = head.bounding_box()
@@ -156,7 +156,7 @@ def _disc_points(count: int = 48) -> np.ndarray:
 
 
 def _parse_address(address: str) -> tuple[str, int, int, int, int]:
-    """Returns (split, index, height, width, seed)."""
+    """Return (split, index, height, width, seed)."""
     parts = urlsplit(address)
     query = dict(parse_qsl(parts.query))
     try:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-PAPER_SCALES = tuple(0.25 * n for n in range(1, 9))  # Sec. 5
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -44,7 +42,7 @@ class TrainTransform:
     """Scale jitter, random crop and horizontal flip (paper, Sec. 5).
 
     Args:
-        scales: factors to draw from, each as likely as the others; the paper's are 0.25 n, n = 1..8.
+        scales: factors to draw from, each as likely as the others.
         crop_size: largest (height, width) of the result. A smaller image stays as it is: nothing is padded.
         flip_prob: probability of the horizontal flip.
         min_visible: a face is dropped when less than this share of it is inside the crop. An ignore region stays as
@@ -53,7 +51,7 @@ class TrainTransform:
 
     def __init__(
         self,
-        scales: Sequence[float] = PAPER_SCALES,
+        scales: Sequence[float],
         crop_size: tuple[int, int] = (1200, 1200),
         flip_prob: float = 0.5,
         min_visible: float = 0.5,
@@ -72,7 +70,7 @@ class TrainTransform:
         self.min_visible = min_visible
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
-        """Draws the geometry for an image of (height, width) pixels."""
+        """Draw the geometry for an image of (height, width) pixels."""
         scale = self.scales[rng.integers(len(self.scales))]
         flip = bool(rng.random() < self.flip_prob)
         scaled_height, scaled_width = _scaled_size(height, width, scale)
@@ -82,7 +80,7 @@ class TrainTransform:
         return Geometry(scale, (x0, y0, x0 + crop_width, y0 + crop_height), flip)
 
     def apply_image(self, image: np.ndarray, geometry: Geometry) -> np.ndarray:
-        """Crops, resizes and flips ``image``, (H, W, 3) uint8; returns (y1 - y0, x1 - x0, 3).
+        """Crop, resize and flip ``image``, (H, W, 3) uint8; return (y1 - y0, x1 - x0, 3).
 
         Only the pixels inside the crop are computed. They are those of resizing the whole image and cropping then
         (Pillow's antialiased bilinear filter reads across the crop's border). With the paper's scales and crop on the
@@ -102,7 +100,7 @@ class TrainTransform:
     def apply_boxes(
         self, boxes: np.ndarray, geometry: Geometry, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Moves ``boxes`` along with an image of (height, width) pixels; needs no pixels.
+        """Move ``boxes`` along with an image of (height, width) pixels; needs no pixels.
 
         Returns:
             (boxes, keep): (m, 4) float32 clipped to the crop, and (m,) bool. ``keep`` is False where less than
@@ -122,7 +120,7 @@ class TrainTransform:
         height: int,
         width: int,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Moves the annotations along with an image of (height, width) pixels; needs no pixels.
+        """Move the annotations along with an image of (height, width) pixels; needs no pixels.
 
         Returns:
             ``boxes``, ``classes`` and ``ignore_boxes`` of :class:`Sample`.
@@ -139,7 +137,7 @@ class TrainTransform:
         classes: np.ndarray,
         rng: np.random.Generator,
     ) -> Sample:
-        """Transforms an image and its annotations by one draw from ``rng``."""
+        """Transform an image and its annotations by one draw from ``rng``."""
         height, width = image.shape[:2]
         geometry = self.sample(height, width, rng)
         annotations = self.apply_annotations(boxes, ignore, classes, geometry, height, width)
@@ -147,7 +145,7 @@ class TrainTransform:
 
     @staticmethod
     def _move(boxes: np.ndarray, geometry: Geometry, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the boxes clipped to the crop, and the share in it of each box's part inside the image."""
+        """Return the boxes clipped to the crop, and the share in it of each box's part inside the image."""
         scaled_height, scaled_width = _scaled_size(height, width, geometry.scale)
         x0, y0, x1, y1 = geometry.crop
         factors = np.array([scaled_width / width, scaled_height / height] * 2)
@@ -195,20 +193,20 @@ class TestTransform:
         return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Resizes ``image``, (H, W, 3) uint8."""
+        """Resize ``image``, (H, W, 3) uint8."""
         height, width = self.output_size(*image.shape[:2])
         if (height, width) == image.shape[:2]:
             return image
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
     def apply_boxes(self, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Scales ``boxes`` along with an image of (height, width) pixels, and clips them to the result."""
+        """Scale ``boxes`` along with an image of (height, width) pixels, and clip them to the result."""
         new_height, new_width = self.output_size(height, width)
         scaled = boxes * np.array([new_width / width, new_height / height] * 2)
         return scaled.clip(0, [new_width, new_height] * 2).astype(np.float32)
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, ignore: np.ndarray, classes: np.ndarray) -> Sample:
-        """Transforms an image and all of its annotations."""
+        """Transform an image and all of its annotations."""
         moved = self.apply_boxes(boxes, *image.shape[:2])
         return Sample(self.apply_image(image), moved[~ignore], classes[~ignore], moved[ignore])
 

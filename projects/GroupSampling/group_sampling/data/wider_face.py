@@ -33,7 +33,7 @@ def read_annotations(
     keep: Mapping[str, str] | None = None,
     report: DataReport | None = None,
 ) -> list[ImageRecord]:
-    """Parses ``wider_face_{train,val}_bbx_gt.txt``, plain or gzipped. Opens no image.
+    """Parse ``wider_face_{train,val}_bbx_gt.txt``, plain or gzipped. Opens no image.
 
     Boxes with w or h <= 0 or a coordinate that is not finite are dropped and counted; ``invalid`` ones become ignore
     regions. Sizes are unknown (the format has none), so boxes outside their image stay: the transforms drop them.
@@ -79,7 +79,7 @@ def read_annotations(
 def read_file_list(
     file: str | os.PathLike[str], image_root: str | os.PathLike[str], *, report: DataReport | None = None
 ) -> list[ImageRecord]:
-    """Parses ``wider_face_test_filelist.txt``: one relative path per line, no boxes.
+    """Parse ``wider_face_test_filelist.txt``: one relative path per line, no boxes.
 
     Raises:
         AnnotationError: with file, line, expectation and finding.
@@ -93,7 +93,7 @@ def read_file_list(
 
 
 def read_paths(file: str | os.PathLike[str]) -> dict[str, str]:
-    """Reads a list of relative image paths, one per line; returns path -> "file:line" in the file's order."""
+    """Read a list of relative image paths, one per line; return path -> "file:line" in the file's order."""
     paths: dict[str, str] = {}
     ids: dict[str, str] = {}
     lines = _Lines(file)
@@ -157,7 +157,7 @@ class _Lines:
         return self._next == len(self._lines)
 
     def take(self, expectation: str) -> tuple[str, str]:
-        """Returns (place, text) of the next line; the end of the file is an error that names ``expectation``."""
+        """Return (place, text) of the next line; the end of the file is an error that names ``expectation``."""
         if self.at_end:
             raise AnnotationError(f"{self._file}: expected {expectation}, got the end of the file")
         number, text = self._lines[self._next]
@@ -165,13 +165,13 @@ class _Lines:
         return f"{self._file}:{number}", text
 
     def skip_row_of_zeros(self) -> None:
-        """Steps over the line of ten zeros that follows the count 0, if it is there."""
+        """Step over the line of ten zeros that follows the count 0, if it is there."""
         if not self.at_end and self._lines[self._next][1].split() == ["0"] * _NUM_COLUMNS:
             self._next += 1
 
 
 def _take_path(lines: _Lines, ids: dict[str, str]) -> tuple[str, str]:
-    """Returns (place, path) of the image that the next line names; ``ids``: image id -> place of those before."""
+    """Return (place, path) of the image that the next line names; ``ids``: image id -> place of those before."""
     place, text = lines.take("an image path")
     path = PurePosixPath(text)
     if path.suffix.lower() not in IMAGE_SUFFIXES:

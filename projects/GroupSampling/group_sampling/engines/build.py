@@ -1,22 +1,25 @@
 """What both engines make of a config, and what both of them log."""
 
-import math
+import argparse
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from .. import distributed
 from ..anchors import AnchorGrid
-from ..config import ConfigError, check_common_values, check_values
+from ..checkpoint import Description, saved_config
+from ..config import ConfigError, check_common_values, check_values, dump_config
 from ..criterion import AnchorCriterion
 from ..data.catalog import Catalog, Source
 from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
 from ..data.records import ImageRecord
 from ..data.transforms import TestTransform, TrainTransform
+from ..detections import Detections
 from ..losses import BOX_LOSSES
 from ..pyramid import ImagePyramid
 from ..roi_sampling import build_proposal_sampler
@@ -26,6 +29,9 @@ from ..samplers import build_anchor_sampler
 # those of Grouped Fast R-CNN (Table 5).
 SINGLE_STAGE_HEADS = "ProposalDetections"
 GROUPED_HEADS = "GroupedROIHeads"
+
+# Images (h, w, 3) uint8 RGB, of one size, to what a detector finds in each, in its pixels and as tensors.
+Detect = Callable[[list[np.ndarray]], list[Detections]]
 
 LOG_PERIOD = 20  # iterations
 
@@ -60,6 +66,31 @@ def check_datasets(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_o
                 find_source(name).require()
             except ValueError as error:
                 raise ConfigError(f"DATASETS.{key}: {error}") from error
+
+
+def describe_training(cfg: CfgNode, defaults: CfgNode, sources: Sequence[Source]) -> Description:
+    """What the checkpoints of a training say of themselves.
+
+    Args:
+        defaults: the engine's.
+        sources: of ``DATASETS.TRAIN``; the one with the most classes gives the names.
+    """
+    names = max((source.class_names for source in sources), key=len, default=("face",))
+    if cfg.MODEL.ROI_HEADS.NAME == SINGLE_STAGE_HEADS and len(names) > 1:
+        names = ("object",)  # an RPN does not tell classes apart
+    return Description(dump_config(cfg, defaults), names)
+
+
+def config_to_evaluate(args: argparse.Namespace) -> str:
+    """The config in the checkpoint of ``--eval-only MODEL.WEIGHTS FILE`` without ``--config-file``; else "".
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if args.config_file or not args.eval_only:
+        return ""
+    weights = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.WEIGHTS", "")
+    return saved_config(args.config_file, weights, needed_by="MODEL.WEIGHTS")
 
 
 def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
@@ -272,19 +303,5 @@ def build_training_loader(
         start_batch=start_iter,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
-    )
-
-
-def non_finite_loss(iteration: int, losses: Mapping[str, Tensor], files: Sequence[str | None]) -> FloatingPointError:
-    """The error of a step whose loss is not finite in this or another process.
-
-    Args:
-        losses: of this process.
-        files: the images of this process's batch.
-    """
-    values = {name: loss.item() for name, loss in losses.items()}
-    where = "another process" if all(map(math.isfinite, values.values())) else "this process"
-    return FloatingPointError(
-        f"iteration {iteration}: the loss of {where} is not finite. No weight was changed. The losses of this process "
-        f"are {values}, its images {list(files)}"
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
     )

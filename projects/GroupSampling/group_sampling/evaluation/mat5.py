@@ -1,7 +1,7 @@
 """A reader of MATLAB files (version 5 to 7.2) for cell arrays, texts and numbers, which is all the ground truth needs.
 
-Not SciPy's ``loadmat``: damaged files end the process there (segmentation fault, SciPy 1.15). Every length is checked
-here before it is used. Format: "MAT-File Format", The MathWorks, chapter "Level 5 MAT-File Format".
+Not SciPy's ``loadmat``: damaged files end the process there (segmentation fault, SciPy 1.15 and 1.17). Every length is
+checked here before it is used. Format: "MAT-File Format", The MathWorks, chapter "Level 5 MAT-File Format".
 """
 
 import math

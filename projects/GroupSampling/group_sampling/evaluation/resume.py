@@ -1,4 +1,4 @@
-"""Detections of the images that an evaluation has finished: in memory, and on disk so that it can be taken up again."""
+"""Detections of the images that an evaluation has finished: in memory, and on disk so that it can be resumed."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ class PartialDetections:
     image is finished by one of them.
 
     Args:
-        fingerprint: detections are only taken up under the same one.
+        fingerprint: detections are reused only under the same one.
         max_images, max_seconds: so much work is lost at most when the process dies.
     """
 

@@ -49,7 +49,7 @@ def sample_balance(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda num_images: None,
 ) -> SampleBalance:
-    """Augments every image's annotations once, as training would, and counts what the config's sampler then draws.
+    """Augment every image's annotations once, as training would, and count what the config's sampler then draws.
 
     Every image has its own anchors, as in the paper's training with one image on each GPU. Images in larger batches are
     padded to the largest of the batch, which adds a few negatives.

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 from ..anchors import AnchorGrid
 from ..config import anchor_scales
-from ..data.images import image_size, read_image, read_size
+from ..data.images import check_size, image_size, read_image, read_size
 from ..data.records import DataReport, ImageRecord, UnreadableImageError
 from ..data.synthetic import is_address
 from ..data.transforms import TrainTransform
@@ -154,7 +154,7 @@ def inspect(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda num_images: None,
 ) -> Inspection:
-    """Looks at the header of every image, and matches its faces to the config's anchors as training would.
+    """Look at the header of every image, and match its faces to the config's anchors as training would.
 
     Every image is augmented once for each factor of ``INPUT.SCALE_JITTER``, with its crop and flip, and its faces are
     matched with ``MODEL.RPN.IOU_THRESHOLDS`` and ``MODEL.GROUP_SAMPLING.SECOND_PASS``. Images whose file is missing or
@@ -231,7 +231,7 @@ def inspect(
 def draw_sheet(
     records: Sequence[ImageRecord], class_names: Sequence[str], path: Path, *, count: int = 12, seed: int = 0
 ) -> list[str]:
-    """Draws ``count`` pictures with their boxes: a random half, and those with the most and the smallest faces.
+    """Draw ``count`` pictures with their boxes: a random half, and those with the most and the smallest faces.
 
     Returns:
         What could not be read; its tile says so.
@@ -260,7 +260,7 @@ def draw_sheet(
 
 
 def draw_sizes(inspection: Inspection, path: Path) -> None:
-    """Draws the histogram of sizes beside the anchor scales, and below it the shares without a positive anchor."""
+    """Draw the histogram of sizes next to the anchor scales, and below it the shares without a positive anchor."""
     figure = new_figure(8, 7)
     top, bottom = figure.subplots(2, 1)
     sizes = inspection.sizes
@@ -287,11 +287,9 @@ def _check_file(record: ImageRecord) -> tuple[int, int]:
     """(height, width) of the record's image, which must be as annotated."""
     if is_address(record.file_name):
         return image_size(record)
-    height, width = read_size(record.file_name)
-    if record.height is not None and (record.height, record.width) != (height, width):
-        reason = f"its annotation says {record.width}x{record.height} pixels, the upright image has {width}x{height}"
-        raise UnreadableImageError(record.file_name, reason)
-    return height, width
+    size = read_size(record.file_name)
+    check_size(record, *size)
+    return size
 
 
 def _choose(records: Sequence[ImageRecord], count: int, seed: int) -> list[ImageRecord]:

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -38,9 +39,23 @@ class IgnoringInstances(Instances):
     def ignore_boxes(self) -> Boxes:
         return self._ignore_boxes
 
-    def to(self, *args, **kwargs) -> "IgnoringInstances":
-        fields = super().to(*args, **kwargs).get_fields()
-        return IgnoringInstances(self.image_size, self._ignore_boxes.to(*args, **kwargs), **fields)
+    def to(self, device: torch.device | str) -> "IgnoringInstances":
+        """Moves fields and regions; from pinned memory (:meth:`pin_memory`) to a GPU without waiting for it."""
+        is_async = torch.device(device).type != "cpu"  # the other way, numbers could be read before they arrive
+        return self._map(lambda tensor: tensor.to(device, non_blocking=is_async))
+
+    def pin_memory(self) -> "IgnoringInstances":
+        """A copy in pinned memory; a ``DataLoader`` calls it."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "IgnoringInstances":
+        def apply(value):
+            if isinstance(value, Boxes):
+                return Boxes(function(value.tensor))
+            return function(value) if isinstance(value, Tensor) else value
+
+        fields = {name: apply(value) for name, value in self.get_fields().items()}
+        return IgnoringInstances(self.image_size, apply(self._ignore_boxes), **fields)
 
     def __getitem__(self, item) -> "IgnoringInstances":
         """Selects objects; the regions stay."""

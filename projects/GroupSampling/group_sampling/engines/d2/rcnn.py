@@ -24,6 +24,12 @@ class GroupSamplingRCNN(GeneralizedRCNN):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_prepare_weights)
 
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """As ``GeneralizedRCNN.preprocess_image``; images in pinned memory move to a GPU without waiting for it."""
+        return super().preprocess_image(
+            [{"image": x["image"].to(self.device, non_blocking=self.device.type != "cpu")} for x in batched_inputs]
+        )
+
 
 def _prepare_weights(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
     if not prefix:  # not as a part of another model

@@ -5,9 +5,11 @@ import functools
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
+import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
@@ -28,8 +30,16 @@ from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
-from ..build import build_training_loader, check_config, check_datasets, non_finite_loss, resolve_seed
+from ..build import (
+    build_training_loader,
+    check_config,
+    check_datasets,
+    config_to_evaluate,
+    describe_training,
+    resolve_seed,
+)
 from ..launch import launch
+from ..step import FiniteLossGuard, is_due
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -61,8 +71,47 @@ class GroupSamplingCheckpointer(CheckpointMixin, DetectionCheckpointer):
     naming = "detectron2"
 
 
+class _ReadsLate:
+    """A trainer of Detectron2 that reads its losses back, and gathers them, when the log is written: in one go."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses
+
+    def _write_metrics(self, loss_dict: dict[str, Tensor], data_time: float, *args, **kwargs) -> None:
+        self._unread.append((self.iter, data_time, {name: loss.detach() for name, loss in loss_dict.items()}))
+
+    def read_metrics(self) -> None:
+        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time."""
+        iterations, data_times, losses = zip(*self._unread)
+        self._unread.clear()
+        names, values = list(losses[0]), torch.stack([torch.stack(list(step.values())).float() for step in losses])
+        ranks = comm.gather((values.tolist(), data_times))
+        storage = get_event_storage()
+        for i, iteration in enumerate(iterations):
+            put = functools.partial(storage.put_scalar, cur_iter=iteration)
+            put("rank_data_time", data_times[i])
+            if comm.is_main_process():
+                put("data_time", max(times[i] for _, times in ranks))
+                means = [float(np.mean(column)) for column in zip(*(rows[i] for rows, _ in ranks))]
+                put("total_loss", sum(means))
+                for name, mean in zip(names, means):
+                    put(name, mean)
+
+
+class _SimpleTrainer(_ReadsLate, SimpleTrainer):
+    pass
+
+
+class _AMPTrainer(_ReadsLate, AMPTrainer):
+    pass
+
+
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with this project's loader, evaluator and checkpointer, also for several CPU processes."""
+    """``DefaultTrainer`` with this project's loader, evaluator and checkpointer, also for several CPU processes.
+
+    On a GPU, a step of a single-stage detector does not wait for it; losses are read back when the log is written.
+    """
 
     def __init__(self, cfg: CfgNode):
         # In place of DefaultTrainer's own, which names a GPU for each process and a checkpointer of Detectron2.
@@ -81,10 +130,14 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
-        model.register_forward_hook(_raise_on_non_finite_loss)
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
+        self._guard = FiniteLossGuard(optimizer)
+        model.register_forward_hook(functools.partial(_watch_losses, self._guard))
+        self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if comm.is_main_process():
+            sources = [find_source(cfg, name) for name in cfg.DATASETS.TRAIN]
+            self.checkpointer.description = describe_training(cfg, get_cfg(), sources)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -94,10 +147,26 @@ class Trainer(DefaultTrainer):
             # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
+    def after_step(self) -> None:
+        if is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
+            self._guard.check()
+        if is_due(self.iter, self.max_iter):
+            self._trainer.read_metrics()
+        super().after_step()
+
     def after_train(self) -> None:
         super().after_train()
         if self.data_loader.summary():
             logging.getLogger(__name__).warning(self.data_loader.summary())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's; on a GPU fused, so that :class:`FiniteLossGuard` and gradient scalers need not wait."""
+        optimizer = super().build_optimizer(cfg, model)
+        if next(model.parameters()).device.type == "cpu":
+            return optimizer
+        fused = {"foreach": False, "fused": True}
+        return type(optimizer)([{**group, **fused} for group in optimizer.param_groups], **optimizer.defaults | fused)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
@@ -154,20 +223,19 @@ class Trainer(DefaultTrainer):
         return results[name] if len(results) == 1 else results
 
 
-def _raise_on_non_finite_loss(model: nn.Module, inputs: tuple[list[dict]], losses: dict[str, Tensor]) -> None:
+def _watch_losses(
+    guard: FiniteLossGuard, model: nn.Module, inputs: tuple[list[dict]], losses: dict[str, Tensor]
+) -> None:
     """Forward hook. Detectron2 itself raises on the main process only, and the others wait until they time out."""
-    if not model.training:
-        return
-    is_finite = sum(losses.values()).detach().isfinite().float()
-    if comm.get_world_size() > 1:
-        dist.all_reduce(is_finite, dist.ReduceOp.MIN)
-    if not is_finite:
-        files = [example.get("file_name") for example in inputs[0]]
-        raise non_finite_loss(get_event_storage().iter, losses, files)
+    if model.training:
+        guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
 
 
-def load_config(config_file: str, opts: list[str]) -> CfgNode:
+def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run: Detectron2's keys and this project's.
+
+    Args:
+        saved: the config of a checkpoint, of either engine, on which file and ``opts`` build.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be used.
@@ -175,7 +243,7 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_group_sampling_config(cfg)
     defaults = cfg.clone()
-    merge_config(cfg, config_file, opts)
+    merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
     check_values(
         cfg,
@@ -222,6 +290,6 @@ def main(args: argparse.Namespace) -> dict | None:
         ConfigError: the config or the number of processes is not usable here.
         MissingDatasetError: files of a data set are missing.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
     return launch(_work, cfg, args)

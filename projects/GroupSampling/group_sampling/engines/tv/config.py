@@ -117,19 +117,20 @@ def _parse_tuples(cfg: CfgNode) -> None:
             cfg[key] = ast.literal_eval(value)
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run.
 
     Args:
         config_file: a YAML file, written for either engine; "" for none.
         opts: KEY VALUE pairs of the command line.
+        saved: the config of a checkpoint, of either engine, on which both build.
 
     Raises:
         ConfigError: an unknown key, a value that this engine does not support, or a config that no engine can run.
     """
     cfg = get_cfg()
     try:
-        merge_config(cfg, config_file, opts)
+        merge_config(cfg, config_file, opts, saved=saved)
     except ConfigError as error:
         if isinstance(error.__cause__, (KeyError, AssertionError)):  # an unknown key
             raise ConfigError(f"{error} If the key is Detectron2's, --engine detectron2 has it.") from error

@@ -6,6 +6,7 @@ a ``FeaturePyramidNetwork``. Parameters have the shapes of the Detectron2 engine
 
 from collections.abc import Sequence
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -49,19 +50,58 @@ class NormalizeAndPad(GeneralizedRCNNTransform):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], size_divisibility: int):
         super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std, size_divisible=size_divisibility)
+        # On the model's device, since to move them there in every step is a wait; no part of a checkpoint.
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """
+        Raises:
+            TypeError: neither uint8 nor float.
+            ValueError: in eval mode, float values of [0, 1] rather than [0, 255].
+        """
+        if image.dtype == torch.uint8:
+            image = image.float()
+        elif not image.is_floating_point():
+            raise TypeError(f"image: expected uint8 or float with values in [0, 255], got {image.dtype}")
+        is_eager = not (self.training or torch.jit.is_tracing() or torch.compiler.is_compiling())
+        # Pixels of [0, 255] may all be 0 or 1; fractions up to 1 are torchvision's range.
+        if is_eager and bool((image <= 1).all() & (image != image.round()).any()):
+            raise ValueError("image: expected values in [0, 255], got fractions in [0, 1]; multiply them by 255")
+        mean, std = (value.to(image.dtype)[:, None, None] for value in (self.mean, self.std))
+        return (image - mean) / std
 
 
 class GroupSamplingRCNN(GeneralizedRCNN):
     """``GeneralizedRCNN`` with this engine's components.
 
-    Takes a list of (3, H, W) float RGB images with values in [0, 255] and, while training, a target for each: "boxes"
-    (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,), 0 ... K - 1. Returns
-    the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a second stage, while
-    training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the image given.
+    Takes a list of (3, H, W) RGB images, uint8 or float, with values in [0, 255] and, while training, a target for
+    each: "boxes" (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,),
+    0 ... K - 1. Returns the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a
+    second stage, while training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the
+    image given.
     """
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        if self.training and targets and targets[0]["boxes"].device.type != "cpu":
+            return self.losses(images, targets)
+        return super().forward(images, targets)
+
+    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What :meth:`forward` returns while training, without its check of the boxes, which waits for a GPU.
+
+        Boxes without an area, which that check refuses, are no target of any anchor or proposal.
+        """
+        batch, targets = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        proposals, losses = self.rpn(batch, features, targets)
+        _, second_stage = self.roi_heads(features, proposals, batch.image_sizes, targets)
+        return {**second_stage, **losses}
 
     def set_iteration(self, iteration: int) -> None:
         """Let the next training pass draw the samples of this iteration."""

@@ -5,6 +5,7 @@ import datetime
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,12 +37,13 @@ from ..build import (
     build_test_transform,
     build_training_loader,
     check_datasets,
-    load_records,
-    non_finite_loss,
+    config_to_evaluate,
+    describe_training,
     resolve_seed,
 )
 from ..launch import launch
-from .config import load_config
+from ..step import FiniteLossGuard, is_due
+from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
 from .tta import GroupSamplingTTA
@@ -72,18 +74,23 @@ def to_example(image: np.ndarray, boxes, classes, ignore_boxes, record: ImageRec
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
-    """SGD with Detectron2's parameter groups: ``WEIGHT_DECAY_NORM`` for the norms, ``WEIGHT_DECAY`` for the rest."""
+    """SGD with Detectron2's parameter groups: ``WEIGHT_DECAY_NORM`` for the norms, ``WEIGHT_DECAY`` for the rest.
+
+    On a GPU it is fused, so that :class:`~group_sampling.engines.step.FiniteLossGuard` need not wait for the losses.
+    """
     norms, others = [], []
     for module in model.modules():
         group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else others
         group += [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+    is_fused = next(model.parameters()).device.type != "cpu"
     return torch.optim.SGD(
         [{"params": others}, {"params": norms, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM}],
         lr=cfg.SOLVER.BASE_LR,
         momentum=cfg.SOLVER.MOMENTUM,
         nesterov=cfg.SOLVER.NESTEROV,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        foreach=True,
+        foreach=not is_fused,
+        fused=is_fused,
     )
 
 
@@ -116,13 +123,16 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         The metrics of the last evaluation, see :func:`evaluate`.
 
     Raises:
-        FloatingPointError: a loss is not finite; raised in every process, before any weight is changed.
+        FloatingPointError: a loss is not finite; raised in every process, with no weight changed by it.
         ConfigError: the checkpoint to continue from is the other engine's.
     """
     optimizer = build_optimizer(cfg, model)
     schedule = build_lr_schedule(cfg)
     is_main, max_iter = rank() == 0, cfg.SOLVER.MAX_ITER
     checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, optimizer=optimizer)
+    catalog = Catalog(cfg.DATASETS)
+    sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
+    checkpointer.description = describe_training(cfg, get_cfg(), sources)
     resume = resume and checkpointer.has_checkpoint()
     saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start_iter = saved["iteration"] + 1 if resume else 0
@@ -130,7 +140,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count
 
-    records = load_records(cfg, cfg.DATASETS.TRAIN)
+    records = [record for source in sources for record in source.records]
     loader = build_training_loader(cfg, records, to_example, start_iter=start_iter)
     parallel: nn.Module = model
     if world_size() > 1:
@@ -140,6 +150,9 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
+    guard = FiniteLossGuard(optimizer)
+    logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
+    scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
     for iteration in range(start_iter, max_iter):
         start = time.perf_counter()
@@ -149,23 +162,22 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = parallel(
-            [example.image.to(device).float() for example in batch],
-            [{name: value.to(device) for name, value in example.target.items()} for example in batch],
-        )
-        total_loss = sum(losses.values())
-        scalars = _mean_over_ranks({"total_loss": total_loss, **losses, **model.sample_counts})
-        if not np.isfinite(scalars["total_loss"]):
-            raise non_finite_loss(iteration, losses, [example.record.file_name for example in batch])
-        optimizer.zero_grad()
-        total_loss.backward()
-        optimizer.step()
+        losses = train_step(parallel, optimizer, guard, batch, device, iteration)
+        scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
+        times = {"time": time.perf_counter() - start, "data_time": data_time}
+        if model.rpn.criterion.sampler.timer.seconds is not None:
+            times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
+        logged.append((iteration, times, lr))
 
-        if writer:
-            times = {"time": time.perf_counter() - start, "data_time": data_time}
-            if model.rpn.criterion.sampler.timer.seconds is not None:
-                times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
-            writer.step(iteration, {**scalars, **times}, lr)
+        if is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
+            guard.check()
+        if is_due(iteration, max_iter):
+            means = _mean_over_ranks(scalars)
+            if writer:
+                for (step, step_times, step_lr), values in zip(logged, means):
+                    writer.step(step, {**values, **step_times}, step_lr)
+            logged.clear()
+            scalars.clear()
         periodic_checkpointer.step(iteration)
         is_last = iteration + 1 == max_iter
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
@@ -180,6 +192,30 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
             writer.write(max_iter - 1, metrics)
         writer.close()
     return metrics
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: FiniteLossGuard,
+    batch: Sequence[Example],
+    device: torch.device,
+    iteration: int,
+) -> dict[str, Tensor]:
+    """One update of the weights, for which the host does not wait; returns the losses, without gradients.
+
+    Raises:
+        FloatingPointError: see :meth:`FiniteLossGuard.watch`.
+    """
+    losses = model(
+        [example.image.to(device, non_blocking=True).float() for example in batch],
+        [{name: value.to(device, non_blocking=True) for name, value in example.target.items()} for example in batch],
+    )
+    guard.watch(iteration, losses, [example.record.file_name for example in batch])
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool = False) -> dict[str, float]:
@@ -219,7 +255,7 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
     if cfg.TEST.PYRAMID.SCALES:
         model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
-    for done, (example,) in enumerate(loader, start=1):
+    for done, example in enumerate(loader, start=1):
         output = model([example.image.to(device).float()])[0]
         (height, width), record = example.image.shape[-2:], example.record
         factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)
@@ -234,13 +270,13 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
             last_report = now
 
 
-def _mean_over_ranks(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """One read-back and, with several processes, one reduction for all scalars."""
-    values = torch.stack([value.detach().float() for value in scalars.values()])
+def _mean_over_ranks(steps: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """One read-back and, with several processes, one reduction for all scalars of several iterations."""
+    values = torch.stack([torch.stack([value.float() for value in step.values()]) for step in steps])
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()
-    return dict(zip(scalars, values.tolist()))
+    return [dict(zip(steps[0], row)) for row in values.tolist()]
 
 
 def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -277,6 +313,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         ConfigError: the config or the number of processes is not usable here.
         MissingDatasetError: files of a data set are missing.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
     return launch(_work, cfg, args)

@@ -49,7 +49,7 @@ def rectangle_spans(boxes: NDArray[np.float64], height: int, width: int) -> Span
 
 
 def ellipse_spans(ellipses: NDArray[np.float64], height: int, width: int) -> Spans:
-    """Masks of (k, 5) ellipses (semi-axes, angle in radians, centre): centre rounded to pixels, axes cut to integers,
+    """Masks of (k, 5) ellipses (semi-axes, angle in radians, center): center rounded to pixels, axes cut to integers,
     angle rounded to degrees. A negative axis counts as 0."""
     vertices_x, vertices_y = _polygons(ellipses)
     first = np.full((len(ellipses), height), width, dtype=np.int64)
@@ -91,7 +91,7 @@ def _to_pixel(coordinates: NDArray[np.float64]) -> _Ints:
 
 def _polygons(ellipses: NDArray[np.float64]) -> tuple[_Ints, _Ints]:
     """(k, 73) x and y of the vertices, closed, in fixed point; the last vertex is repeated where there are fewer."""
-    centre = _to_pixel(ellipses[:, 3:5]) << _BITS
+    center = _to_pixel(ellipses[:, 3:5]) << _BITS
     axes = np.maximum(ellipses[:, :2], 0).astype(np.int64)
     largest = axes.max(axis=1)[:, None]
     step = np.select([largest < 3, largest < 10, largest < 15], [90, 30, 18], 5)
@@ -101,8 +101,8 @@ def _polygons(ellipses: NDArray[np.float64]) -> tuple[_Ints, _Ints]:
     sine, cosine = _SINES[angle][:, None], _SINES[450 - angle][:, None]
     along = (axes[:, :1] << _BITS) * _SINES[450 - degrees]
     across = (axes[:, 1:] << _BITS) * _SINES[degrees]
-    x = centre[:, :1] + along * cosine - across * sine
-    y = centre[:, 1:] + along * sine + across * cosine
+    x = center[:, :1] + along * cosine - across * sine
+    y = center[:, 1:] + along * sine + across * cosine
     return np.rint(x).astype(np.int64), np.rint(y).astype(np.int64)
 
 

@@ -16,7 +16,7 @@ _MAX_FILE_BYTES = 1 << 20  # S3FD's has 3 kB
 
 @dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
 class EllipseRegressor:
-    """Affine map from (x, y, w, h) to (semi-major axis, semi-minor axis, φ, centre x, centre y), as S3FD has it.
+    """Affine map from (x, y, w, h) to (semi-major axis, semi-minor axis, φ, center x, center y), as S3FD has it.
 
     φ is the angle between the major axis and the vertical. The annotated angle θ, between it and the horizontal, jumps
     from π/2 to -π/2 at upright faces, so that nothing linear could follow it.
@@ -30,7 +30,7 @@ class EllipseRegressor:
     bias: NDArray[np.float64]
 
     def __call__(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(k, 5) ellipses (axes, θ, centre) of (k, 4) XYXY boxes; no number exceeds a million."""
+        """(k, 5) ellipses (axes, θ, center) of (k, 4) XYXY boxes; no number exceeds a million."""
         ellipses = np.clip(_xywh(boxes) @ self.weights + self.bias, -MAX_COORDINATE, MAX_COORDINATE)
         ellipses[:, 2] = _turn(ellipses[:, 2])
         return ellipses

@@ -81,7 +81,7 @@ def read_official_ground_truth(folder: str | os.PathLike) -> OfficialGroundTruth
 
 
 class _MatFile:
-    """One of the files: fields are cell arrays with an entry an event, each a cell array with an entry an image."""
+    """One of the files: fields are cell arrays with one entry per event, each a cell array with one entry per image."""
 
     def __init__(self, path: Path, *fields: str) -> None:
         if not path.is_file():

@@ -1,0 +1,32 @@
+"""A trained detector of this engine for :class:`~group_sampling.detector.FaceDetector`."""
+
+import numpy as np
+import torch
+from detectron2.modeling import build_model
+
+from ...detections import Detections
+from ..build import Detect
+from .train import GroupSamplingCheckpointer, load_config
+
+__all__ = ["load_config", "load_detector"]
+
+
+def load_detector(cfg, weights: str) -> Detect:
+    """The detector of a checked config with the weights of a file, of either engine.
+
+    Raises:
+        ConfigError, ValueError: the file does not fit the config, or is no checkpoint.
+    """
+    model = build_model(cfg).eval()
+    GroupSamplingCheckpointer(model).load(weights)
+
+    def detect(images: list[np.ndarray]) -> list[Detections]:
+        inputs = [{"image": torch.from_numpy(image).permute(2, 0, 1)} for image in images]
+        found = []
+        for output in model(inputs):
+            instances = output["instances"]
+            scales = instances.anchor_scales if instances.has("anchor_scales") else None
+            found.append(Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes, scales))
+        return found
+
+    return detect

@@ -1,0 +1,108 @@
+"""What both engines do around a training step so that the host does not wait for a GPU in it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import world_size
+from .build import LOG_PERIOD
+
+
+def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
+    """Whether the host may wait after this iteration: it logs, saves or evaluates, or is the last one.
+
+    Args:
+        periods: further ones than that of the log, in iterations; 0 is never.
+    """
+    done = iteration + 1
+    return done >= max_iter or any(period > 0 and done % period == 0 for period in (LOG_PERIOD, *periods))
+
+
+class _Step(NamedTuple):
+    iteration: int
+    losses: dict[str, Tensor]
+    files: list[str | None]
+    failed: Tensor  # (1,) on the CPU, valid once ``copied`` is over
+    copied: torch.cuda.Event | None
+
+
+class FiniteLossGuard:
+    """Stops all processes of a run when the loss of one of them is not finite, with no weight changed by it.
+
+    A fused optimizer skips an update itself when its ``found_inf`` is set, which is how gradient scalers stop one
+    without asking the GPU. The guard sets it and raises in the next step, before its update: the host waits only while
+    it is a whole step ahead of the GPU. Any other optimizer has to be stopped before its step: the guard then raises at
+    once, which on the CPU costs nothing.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._is_late = bool(optimizer.defaults.get("fused"))
+        self._failed: Tensor | None = None  # (1,) on the device of the loss: 1 where it is not finite
+        self._last: _Step | None = None
+        if self._is_late:
+            optimizer.register_step_pre_hook(self._skip)
+            optimizer.register_load_state_dict_post_hook(_keep_implementation)
+
+    def watch(self, iteration: int, losses: Mapping[str, Tensor], files: Sequence[str | None]) -> None:
+        """Call it in every process after each forward pass, before the optimizer's step.
+
+        Args:
+            losses: of this process; their sum is trained on.
+            files: the images of this process's batch.
+
+        Raises:
+            FloatingPointError: a loss, of the previous step with a fused optimizer, is not finite in some process.
+        """
+        failed = (~sum(losses.values()).detach().isfinite()).float().reshape(1)
+        if world_size() > 1:
+            dist.all_reduce(failed, dist.ReduceOp.MAX)
+        self._failed = failed
+        copied = None
+        on_host = failed.to("cpu", non_blocking=True)  # into pinned memory
+        if failed.device.type != "cpu":
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(failed.device))
+        previous, detached = self._last, {name: loss.detach() for name, loss in losses.items()}
+        self._last = _Step(iteration, detached, list(files), on_host, copied)
+        if not self._is_late:
+            self.check()
+        elif previous is not None:
+            _raise_if_failed(previous)
+
+    def check(self) -> None:
+        """Wait for the last step that was watched: before weights are saved or used, no bad loss may be unseen.
+
+        Raises:
+            FloatingPointError: as :meth:`watch`, of the last step.
+        """
+        if self._last is not None:
+            _raise_if_failed(self._last)
+
+    def _skip(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        """Step hook: no update with a bad loss; a gradient scaler may have its own reason to skip it."""
+        if self._failed is not None:
+            found_inf = getattr(optimizer, "found_inf", None)
+            optimizer.found_inf = self._failed if found_inf is None else torch.maximum(self._failed, found_inf)
+
+
+def _keep_implementation(optimizer: torch.optim.Optimizer) -> None:
+    """Load hook. A checkpoint says which implementation wrote it, and the guard relies on this run's."""
+    for group in optimizer.param_groups:
+        group.update({key: optimizer.defaults[key] for key in ("foreach", "fused")})
+
+
+def _raise_if_failed(step: _Step) -> None:
+    if step.copied is not None:
+        step.copied.synchronize()
+    if not step.failed.item():
+        return
+    values = {name: loss.item() for name, loss in step.losses.items()}
+    where = "another process" if all(map(math.isfinite, values.values())) else "this process"
+    raise FloatingPointError(
+        f"iteration {step.iteration}: the loss of {where} is not finite. No weight was changed. The losses of this "
+        f"process are {values}, its images {step.files}"
+    )

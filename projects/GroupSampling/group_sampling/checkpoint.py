@@ -158,12 +158,12 @@ def refuse_partial_weights(
         return
     expected = {f"{prefix}{name}": tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith(prefix)}
-    wrong = {
+    differences = {
         "missing": expected.keys() - found.keys(),
         "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
         "unknown": found.keys() - expected.keys(),
     }
-    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in wrong.items()}
+    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in differences.items()}
     counts = [f"{len(names)} are {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
     if counts:
         raise ConfigError(
@@ -247,14 +247,14 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
         if damaged is not None:
             raise ValueError(f"{path}: the file is damaged: the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, Mapping):
-        found = type(checkpoint).__name__
-        raise ValueError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
+        kind = type(checkpoint).__name__
+        raise ValueError(f"{path}: expected a dict of parameters, got {kind}. {UNDERSTOOD_FORMATS}")
     key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
     weights = checkpoint if key is None else checkpoint[key]
     rest = {} if key is None else {name: value for name, value in checkpoint.items() if name != key}
     if not any(isinstance(value, Tensor) for value in weights.values()):
-        found = list(weights)[:5]
-        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
+        keys = list(weights)[:5]
+        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {keys}. {UNDERSTOOD_FORMATS}")
     weights = dict(weights)
     if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel or DataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -293,8 +293,8 @@ def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
     return config
 
 
-class CheckpointMixin:
-    """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
+class CheckpointMixin(Checkpointer):
+    """Mixed into fvcore's ``Checkpointer`` or a subclass of it; the class that does so sets ``naming``.
 
     Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
     refuses a file of which no parameter fits the model, or, if the model is in eval mode, not all of them. A training
@@ -304,7 +304,7 @@ class CheckpointMixin:
     naming: str
     description = Description()  # set by the training
 
-    def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
         if not self.save_dir or not self.save_to_disk:
             return
@@ -319,7 +319,7 @@ class CheckpointMixin:
             torch.save(data, file)
         self.tag_last_checkpoint(os.path.basename(path))
 
-    def tag_last_checkpoint(self: Checkpointer, last_filename_basename: str) -> None:
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, last_filename_basename.encode())
 
@@ -342,7 +342,7 @@ class CheckpointMixin:
                 self.logger.warning(f"--resume: {key} was {before}, and is {now} from here on")
         return extra
 
-    def _refuse_to_start_again(self: Checkpointer) -> None:
+    def _refuse_to_start_again(self) -> None:
         found = sorted(name for name in os.listdir(self.save_dir) if name.endswith(".pth"))
         if found:
             raise ConfigError(
@@ -350,7 +350,7 @@ class CheckpointMixin:
                 "names the one to continue from: write it again, or start a new run in another OUTPUT_DIR"
             )
 
-    def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
+    def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
         model = checkpoint["model"]
         convert_in_place(model, self.naming, self.model)

@@ -119,7 +119,9 @@ class TrainingStream(IterableDataset):
     def batch(self, index: int) -> Batch:
         """Make batch ``index`` of this rank."""
         first_draw = (index * self.world_size + self.rank) * self.images_per_batch
-        examples, skipped, outside = [], [], {}
+        examples: list[Any] = []
+        skipped: list[SkippedImage] = []
+        outside: dict[str, int] = {}
         for draw in range(first_draw, first_draw + self.images_per_batch):
             record, image = self._read(draw, skipped)
             rng = np.random.default_rng([self.seed, _AUGMENTATION, draw])
@@ -139,7 +141,7 @@ class TrainingStream(IterableDataset):
         epoch, position = divmod(draw, len(self.records))
         index = _epoch_order(self.seed, epoch, len(self.records))[position]
         replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])
-        errors = []
+        errors: list[SkippedImage] = []
         while len(errors) < _MAX_ATTEMPTS:
             record = self.records[index]
             try:
@@ -168,6 +170,8 @@ class TrainLoader(DataLoader):
         num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
     """
 
+    dataset: TrainingStream
+
     def __init__(self, stream: TrainingStream, num_workers: int, pin_memory: bool = False) -> None:
         super().__init__(
             stream,
@@ -183,7 +187,8 @@ class TrainLoader(DataLoader):
         self.num_draws = 0
         self.num_skipped = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    # torch's stub promises its own class of iterators.
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             self.num_draws += len(batch) + len(batch.skipped)
             self.num_skipped += len(batch.skipped)

@@ -1,5 +1,6 @@
 """What both engines do around a training step so that the host does not wait for a GPU in it."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ class FiniteLossGuard:
         Raises:
             FloatingPointError: a loss, of the previous step with a fused optimizer, is not finite in some process.
         """
-        failed = (~sum(losses.values()).detach().isfinite()).float().reshape(1)
+        failed = (~functools.reduce(torch.add, losses.values()).detach().isfinite()).float().reshape(1)
         status = torch.cat([failed, failed.new_full((1,), stop.handler.pending)])
         if world_size() > 1:
             dist.all_reduce(status, dist.ReduceOp.MAX)
@@ -138,7 +139,8 @@ class FiniteLossGuard:
         """Step hook: no update with a bad loss; a gradient scaler may have its own reason to skip it."""
         if self._failed is not None:
             found_inf = getattr(optimizer, "found_inf", None)
-            optimizer.found_inf = self._failed if found_inf is None else torch.maximum(self._failed, found_inf)
+            failed = self._failed if found_inf is None else torch.maximum(self._failed, found_inf)
+            optimizer.found_inf = failed  # type: ignore[attr-defined]  # fused optimizers read it; undeclared in torch
 
 
 def _keep_implementation(optimizer: torch.optim.Optimizer) -> None:

@@ -12,7 +12,9 @@ from ..config import ConfigError
 try:
     import fcntl
 except ImportError:  # Windows, where two runs in one folder are not noticed
-    fcntl = None
+    _HAS_LOCKS = False
+else:
+    _HAS_LOCKS = True
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # see files.atomic_file
 
@@ -34,7 +36,7 @@ def own_output(folder: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"OUTPUT_DIR {folder!r}: expected a folder that can be written, got: {reason}") from error
     with lock:
-        if fcntl:
+        if _HAS_LOCKS:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -11,12 +11,12 @@ ground truth is the folder of wider_face_val.mat and wider_{easy,medium,hard}_va
 import argparse
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.evaluation import WiderFaceAP, WiderFaceResult, read_predictions
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 from group_sampling.files import write_json
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of published curves to draw along, eval_tools' plot/baselines/Val/setting_int",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
     detectors = {args.predictions.name: args.predictions} if args.predictions else {}
     for entry in args.compare:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--curves: expected --plot as well, got none")
 
     logging.basicConfig(format="%(message)s")
-    try:
+    with exit_on_error("evaluate_wider.py", args):
         published = (
             read_published_curves(args.curves) if args.curves else []
         )  # first, so that a wrong folder is reported at once
@@ -99,8 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             plot_comparison(args.plot, results, published)
         elif args.plot:
             result.plot(args.plot, title=f"WIDER FACE validation: {args.predictions.name}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
 
 
 if __name__ == "__main__":

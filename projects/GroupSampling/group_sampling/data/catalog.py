@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..config import SYNTHETIC_DEFAULTS
+from ..errors import UserError
 from . import coco, fddb, synthetic, wider_face
 from .records import DataReport, ImageRecord
 from .synthetic_scene import Settings
@@ -24,7 +25,7 @@ _FDDB_URL = "http://vis-www.cs.umass.edu/fddb/"
 _SYNTHETIC_OVERRIDE = """DATASETS.TRAIN '("synthetic_faces_train",)' DATASETS.TEST '("synthetic_faces_val",)'"""
 
 
-class MissingDatasetError(FileNotFoundError):
+class MissingDatasetError(UserError, FileNotFoundError):
     """Files of a data set are missing. The message says which, where to get them, and what to use instead."""
 
 

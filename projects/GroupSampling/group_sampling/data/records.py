@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from ..files import safe_relative_path
 
 
-class AnnotationError(ValueError):
+class AnnotationError(UserError, ValueError):
     """An annotation file does not follow its format. The message names the file and the line or id."""
 
 
-class UnreadableImageError(RuntimeError):
+class UnreadableImageError(UserError, RuntimeError):
     """An image cannot be used; ``file`` and ``reason`` say which and why."""
 
     def __init__(self, file: str, reason: str = "") -> None:

@@ -30,12 +30,14 @@ from torch.utils.data import SequentialSampler
 
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
+from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
     check_datasets,
     config_to_evaluate,
     describe_training,
+    prepare_output,
     resolve_seed,
 )
 from ..launch import launch
@@ -231,6 +233,14 @@ def _watch_losses(
         guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
 
 
+def _without_traceback(entry: logging.LogRecord) -> bool:
+    """Log filter: what a user can mend is a message in Detectron2's log as well."""
+    if entry.exc_info and entry.exc_info[1] is not None and is_expected(entry.exc_info[1]):
+        entry.msg, entry.args = f"Training ended: {describe(entry.exc_info[1])}", ()
+        entry.exc_info = None
+    return True
+
+
 def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run: Detectron2's keys and this project's.
 
@@ -261,6 +271,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="group_sampling")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     register_datasets(cfg)
     return cfg
 
@@ -292,4 +303,5 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
+    prepare_output(cfg)
     return launch(_work, cfg, args)

@@ -39,6 +39,7 @@ from ..build import (
     check_datasets,
     config_to_evaluate,
     describe_training,
+    prepare_output,
     resolve_seed,
 )
 from ..launch import launch
@@ -315,4 +316,5 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
+    prepare_output(cfg)
     return launch(_work, cfg, args)

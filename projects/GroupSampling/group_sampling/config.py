@@ -62,6 +62,9 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
     cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list]), ...)
     cfg.DATASETS.SYNTHETIC = node(SYNTHETIC_DEFAULTS)
+    # Boxes are of the upright picture, turned by its EXIF orientation. False: they are of the pixels as stored, and
+    # pictures are not turned.
+    cfg.DATASETS.APPLY_EXIF = True
 
     # Training stops when more than this share of the images drawn could not be read.
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1

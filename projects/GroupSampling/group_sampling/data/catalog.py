@@ -10,6 +10,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..config import SYNTHETIC_DEFAULTS
@@ -36,6 +37,7 @@ class Source(ABC):
         name: in the catalog.
         protocol: how detections on it are evaluated, "wider_face", "coco" or "fddb".
         paths: its files and folders, annotations first; none for procedural images.
+        apply_exif: boxes are of the upright pictures; else of the pixels as they are stored.
     """
 
     protocol = "wider_face"
@@ -43,6 +45,7 @@ class Source(ABC):
     def __init__(self, name: str, *paths: str) -> None:
         self.name = name
         self.paths = paths
+        self.apply_exif = True
 
     @property
     def missing_paths(self) -> tuple[str, ...]:
@@ -87,7 +90,10 @@ class Source(ABC):
     def _parsed(self) -> "_Parsed":
         self.require()
         report = DataReport()
-        parsed = _Parsed(*self._read(report), report)
+        records, categories = self._read(report)
+        if not self.apply_exif:
+            records = [replace(record, is_raw=True) for record in records]
+        parsed = _Parsed(records, categories, report)
         log = logger.warning if report.num_dropped or not parsed.records else logger.info
         log("data set %s: %s", self.name, report.summary())
         return parsed
@@ -155,6 +161,7 @@ class Catalog:
             - ``WIDER_FORMAT``: list of [name, annotation_txt (or .txt.gz), image_root] and optionally a fourth entry,
               a file with one relative image path per line: only these images belong to the set then. This file is
               relative to the working directory, as it belongs to the configuration;
+            - ``APPLY_EXIF``: see :class:`Source`;
             - ``SYNTHETIC``: a mapping, see :class:`~group_sampling.data.synthetic_scene.Settings`.
         root: folder of relative paths; None: ``$DETECTRON2_DATASETS``, else ``./datasets``.
 
@@ -170,6 +177,8 @@ class Catalog:
         self._sources: dict[str, Source] = {}
         self._add_builtin(Settings.from_mapping({**SYNTHETIC_DEFAULTS, **config.get("SYNTHETIC", {})}))
         self._add_declared(config)
+        for source in self._sources.values():
+            source.apply_exif = bool(config.get("APPLY_EXIF", True))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class ImageRecord:
         boxes: (m, 4) float32 XYXY.
         classes: (m,) int64, index into ``class_names``.
         ignore: (m,) bool, True for regions that are neither face nor background (WIDER "invalid", COCO "iscrowd").
+        is_raw: the boxes are of the pixels as they are stored, before the EXIF orientation; the image is read so.
         annotation: the annotation in full, for a protocol that evaluates more than the boxes:
             :class:`~group_sampling.data.coco.CocoObjects`, :class:`~group_sampling.data.fddb.FDDBImage`, or None.
     """
@@ -53,6 +54,7 @@ class ImageRecord:
     classes: np.ndarray
     ignore: np.ndarray
     annotation: Any = None
+    is_raw: bool = False
 
 
 ZERO_AREA = "zero area"
@@ -141,6 +143,17 @@ def usable_boxes(
             dropped |= found
     kept = np.flatnonzero(~dropped)
     return clipped[kept], kept
+
+
+def fit_exchanged_sides(boxes: np.ndarray, height: int, width: int) -> bool:
+    """Whether (m, 4) XYXY boxes reach out of an image and fit into it once its sides are exchanged.
+
+    They are then likely of the picture in its other orientation, before or after EXIF turned it.
+    """
+    if not len(boxes) or height == width:
+        return False
+    right, bottom = boxes[:, 2].max() - 1, boxes[:, 3].max() - 1  # a pixel of tolerance
+    return bool((right > width or bottom > height) and right <= height and bottom <= width)
 
 
 class ImageRoot:

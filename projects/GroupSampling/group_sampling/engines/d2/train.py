@@ -158,8 +158,11 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         super().after_train()
-        if self.data_loader.summary():
-            logging.getLogger(__name__).warning(self.data_loader.summary())
+        if self.iter < self.max_iter:  # an error ends the training, and other processes may not be here
+            return
+        left_out = self.data_loader.summary()
+        if left_out:
+            logging.getLogger(__name__).warning(left_out)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -184,11 +187,11 @@ class Trainer(DefaultTrainer):
         return cls._build_loader(cfg, images[comm.get_rank() :: comm.get_world_size()])
 
     @staticmethod
-    def _build_loader(cfg: CfgNode, images: list[dict]):
+    def _build_loader(cfg: CfgNode, images: list[dict], *, skip_unreadable: bool = False):
         """Loader of this process's images. There may be none, which Detectron2's sampler and serialization refuse."""
         return build_detection_test_loader(
             DatasetFromList(images, copy=False, serialize=False),
-            mapper=GroupSamplingMapper(cfg, is_train=False),
+            mapper=GroupSamplingMapper(cfg, is_train=False, skip_unreadable=skip_unreadable),
             sampler=SequentialSampler(images),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
@@ -216,7 +219,7 @@ class Trainer(DefaultTrainer):
             evaluator = cls.build_evaluator(cfg, name)
             if isinstance(evaluator, GroupSamplingEvaluator):
                 share = evaluator.start(model, resume=resume)
-                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)))
+                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)), skip_unreadable=True)
             else:
                 loader = cls.build_test_loader(cfg, name)
             results[name] = inference_on_dataset(detector, loader, evaluator)

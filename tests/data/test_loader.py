@@ -197,7 +197,7 @@ def test_an_unreadable_image_has_its_place_in_an_evaluation(files, num_workers):
     loader = build_test_loader(files[:3], TestTransform(0, 0), id_and_draw, num_workers=num_workers)
     first, *others = loader
     assert isinstance(first, SkippedImage) and first.file == files[0].file_name and first.reason
-    assert others == [("1", 1), ("2", 2)]
+    assert others == [(1, "1"), (2, "2")]
 
 
 def test_filter_empty_keeps_images_with_a_face():

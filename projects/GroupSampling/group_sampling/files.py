@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -41,6 +41,13 @@ def decode_text(content: bytes) -> str:
     """
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8-sig")
     return content.decode(encoding).rstrip("\x1a")
+
+
+def plain_bytes(content: bytes) -> bytes:
+    """Text in UTF-8 without byte order mark, DOS end mark and blanks at the end; what is no text stays as it is."""
+    with suppress(UnicodeDecodeError):
+        content = decode_text(content.rstrip(b"\x1a")).encode()
+    return content.rstrip()
 
 
 @contextmanager
@@ -80,13 +87,32 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2)
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Write a Matplotlib figure, atomically; the suffix of ``path`` gives the format (PNG without one)."""
+    """Write a Matplotlib figure, atomically; the suffix of ``path`` gives the format (PNG without one).
+
+    Its texts are taken literally, names with "$" among them, which are formulas to Matplotlib; numbers of the axes not.
+    """
     kind, known = Path(path).suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise UserError(f"{path}: expected a name that ends with one of {', '.join(sorted(known))}, got .{kind}")
+    _take_texts_literally(figure)
     content = io.BytesIO()
     figure.savefig(content, format=kind)
     write_atomically(path, content.getvalue())
+
+
+def _take_texts_literally(figure: Any) -> None:
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    numbers = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatter):  # writes 10 to a power as a formula
+                for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                    numbers |= {tick.label1, tick.label2}
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
 
 
 def safe_relative_path(path: str) -> PurePosixPath | None:

@@ -169,7 +169,7 @@ class Output:
         if "wider" in self.formats:
             *events, stem = name.split("/")
             image_id = "/".join(["_".join(events), stem] if events else [stem])
-            write_predictions(self.folder / "wider", image_id, faces.boxes, faces.scores)
+            write_predictions(self.folder / "wider", image_id, faces.boxes, faces.scores, is_stem=True)
         if self.crop_faces:
             height, width = image.shape[:2]
             for index, (x1, y1, x2, y2) in enumerate(faces.boxes.tolist(), start=1):

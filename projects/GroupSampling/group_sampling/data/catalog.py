@@ -94,7 +94,8 @@ class Source(ABC):
         if not self.apply_exif:
             records = [replace(record, is_raw=True) for record in records]
         parsed = _Parsed(records, categories, report)
-        log = logger.warning if report.num_dropped or not parsed.records else logger.info
+        is_odd = report.num_dropped or report.hints() or not parsed.records
+        log = logger.warning if is_odd else logger.info
         log("data set %s: %s", self.name, report.summary())
         return parsed
 

@@ -207,7 +207,7 @@ def _build_fddb(cfg: CfgNode, source: Source) -> FDDBRoc:
 
 def _write_wider_face(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
     for image_id, found in detections.items():
-        write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores)
+        write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores, is_stem=True)
 
 
 def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:

@@ -6,7 +6,7 @@ from torch import nn
 from ...data.records import ImageRecord
 from ...detections import Detections
 from ...evaluation.run import Evaluation
-from .data import find_source
+from .data import UNREADABLE, find_source
 
 
 class GroupSamplingEvaluator(DatasetEvaluator):
@@ -43,6 +43,9 @@ class GroupSamplingEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs):
+            if UNREADABLE in image:
+                self._evaluation.skip(image["file_name"], image[UNREADABLE])
+                continue
             found = output["instances"]
             classes = found.pred_classes if found.has("pred_classes") else found.scores.new_zeros(len(found), dtype=int)
             scales = found.anchor_scales if found.has("anchor_scales") else None

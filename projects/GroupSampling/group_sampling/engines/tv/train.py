@@ -27,7 +27,7 @@ from torchvision.ops import clip_boxes_to_image
 from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...data.catalog import Catalog
-from ...data.loader import build_test_loader
+from ...data.loader import SkippedImage, build_test_loader
 from ...data.records import ImageRecord
 from ...detections import Detections
 from ...distributed import rank, world_size
@@ -196,8 +196,9 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
                 stop.save_and_stop(checkpointer, iteration, stopped.number)
             if writer and metrics:
                 writer.write(iteration, metrics)
-    if loader.summary():
-        logger.warning(loader.summary())
+    left_out = loader.summary()
+    if left_out:
+        logger.warning(left_out)
     metrics = evaluate(cfg, model, device, resume=resume)
     if writer:
         if metrics:
@@ -243,7 +244,7 @@ def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, re
         the mode in which it was.
 
     Raises:
-        UnreadableImageError: an image of the data set cannot be read.
+        BadDataError: more images cannot be read than ``DATALOADER.MAX_BAD_SHARE`` allows.
     """
     metrics = {}
     was_training = model.training
@@ -269,6 +270,9 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
         model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
     for done, example in enumerate(loader, start=1):
+        if isinstance(example, SkippedImage):
+            evaluation.skip(example.file, example.reason)
+            continue
         output = model([example.image.to(device).float()])[0]
         (height, width), record = example.image.shape[-2:], example.record
         factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)

@@ -53,8 +53,6 @@ def experiment_results(reproduction: Reproduction, experiment: Experiment, paper
 def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment]:
     """What the paper claims of the order of the results that were asked for, and whether ours agree.
 
-    AP@s is left out: until it is measured as the paper does (docs/deviations.md), it says nothing of these claims.
-
     Args:
         figure2: of :func:`figure2_results`, if that was asked for.
     """
@@ -62,7 +60,7 @@ def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment
     for experiment in reproduction.experiments.values():
         for row in experiment.rows:
             aps = [reproduction.ap(row.config, seed) or {} for seed in reproduction.seeds]
-            subsets = {subset for ap in aps for subset in ap if not subset.startswith("@")}
+            subsets = {subset for ap in aps for subset in ap}
             measured[row.config] = {subset: [ap.get(subset) for ap in aps] for subset in sorted(subsets)}
     samples = {}
     for row in figure2["rows"] if figure2 else ():

@@ -303,7 +303,7 @@ BOX = [[0.0, 0.0, 9.0, 9.0]]
         (("a", BOX, [math.inf]), "scores: expected finite numbers, got inf"),
         (("a", BOX, [1, 2]), r"scores: expected shape \(1,\), one per box, got \(2,\)"),
         (("a", BOX, [1], {16: [BOX, [1]]}), r"sub_detectors: expected \[8\] as before, got \[16\]"),
-        (("a", BOX, [1]), r"image 'a': sub_detectors: expected \[8\] as before, got \[\]"),
+        (("a", BOX, [1], {}), r"image 'a': sub_detectors: expected \[8\] as before, got \[\]"),
         (("a", BOX, [1], {8: [BOX, [1, 2]]}), r"image 'a': sub-detector 8: scores: expected shape \(1,\), one per box"),
     ],
 )
@@ -311,10 +311,10 @@ def test_refused_updates_change_nothing(arguments, message):
     evaluator = WiderFaceAP({"a": BOX, "done": BOX})
     evaluator.update("done", Detections(BOX, [0.5], sub_detectors={8: Detections(BOX, [0.5])}))
     before = evaluator.compute()
-    image, boxes, scores, *lists = arguments
-    lists = {scale: Detections(*columns) for scale, columns in lists[0].items()} if lists else None
+    image, boxes, scores, lists = (*arguments, {8: [[], []]})[:4]
+    lists = {scale: Detections(*columns) for scale, columns in lists.items()}
     with pytest.raises(ValueError, match=message):
-        evaluator.update(image, Detections(boxes, scores, sub_detectors=lists))
+        evaluator.update(image, Detections(boxes, scores, sub_detectors=lists or None))
     np.testing.assert_equal(evaluator.compute().curves, before.curves)
     evaluator.update("a", Detections(BOX, [1], sub_detectors={8: Detections([], [])}))
     assert evaluator.compute().ap == {"all": 1, "@8": 0.5}
@@ -372,13 +372,13 @@ def example_result():
 
 def test_table():
     assert example_result().table().split("\n") == [
-        "subset  AP (%)    faces  detections",
-        "Easy       n/a        0           2",
-        "All      50.00        2           2",
-        "@16      50.00        2           1",
-        "@128    100.00        2           2",
-        "Size 16  50.00        2           2",
-        "Size 32    n/a        0           0",
+        "subset   AP (%)    faces  detections",
+        "Easy        n/a        0           2",
+        "All       50.00        2           2",
+        "@16       50.00        2           1",
+        "@128     100.00        2           2",
+        "Size 16   50.00        2           2",
+        "Size 32     n/a        0           0",
     ]
 
 

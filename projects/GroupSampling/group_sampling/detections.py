@@ -20,14 +20,18 @@ class Detections(NamedTuple):
     # no parts of this one, and without further ones. None: nobody asked the model.
     sub_detectors: "Mapping[float, Detections] | None" = None
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The fields that have a row for every detection: all but ``sub_detectors``."""
+        return {name: value for name, value in self._asdict().items() if name != "sub_detectors"}
+
     def select(self, index: Any) -> "Detections":
         """The rows of ``index``: indices (n,) in their order, a mask (k,), or a slice. Sub-detectors keep theirs."""
-        *columns, sub_detectors = self
-        return Detections(*(None if column is None else column[index] for column in columns), sub_detectors)
+        return self._replace(**{name: None if x is None else x[index] for name, x in self.columns.items()})
 
     def numpy(self) -> "Detections":
         """The same as NumPy arrays on the CPU; shares memory with CPU tensors."""
-        return map_lists(lambda found: Detections(*map(_to_numpy, found[:-1])), self)
+        return map_lists(lambda one: Detections(**{name: _to_numpy(x) for name, x in one.columns.items()}), self)
 
 
 def map_lists(function: Callable[..., Detections], *parts: Detections) -> Detections:
@@ -38,10 +42,10 @@ def map_lists(function: Callable[..., Detections], *parts: Detections) -> Detect
         parts: at least one; all have the same sub-detectors.
     """
     joint = function(*(part._replace(sub_detectors=None) for part in parts))
-    if parts[0].sub_detectors is None:
+    by_scale = [part.sub_detectors for part in parts if part.sub_detectors is not None]
+    if not by_scale:
         return joint
-    lists = {scale: [part.sub_detectors[scale] for part in parts] for scale in parts[0].sub_detectors}
-    return joint._replace(sub_detectors={scale: function(*found) for scale, found in lists.items()})
+    return joint._replace(sub_detectors={s: function(*(lists[s] for lists in by_scale)) for s in by_scale[0]})
 
 
 def _to_numpy(column: Any) -> np.ndarray | None:

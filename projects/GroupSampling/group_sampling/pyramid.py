@@ -219,8 +219,10 @@ def _mirror(detections: Detections, width: int) -> Detections:
 
 def _concatenate(parts: Sequence[Detections]) -> Detections:
     """Without their sub-detectors."""
-    parts = [part[:-1] for part in parts]
-    return Detections(*(None if any(t is None for t in tensors) else torch.cat(tensors) for tensors in zip(*parts)))
+    columns = {name: [part.columns[name] for part in parts] for name in parts[0].columns}
+    return Detections(
+        **{name: None if any(t is None for t in tensors) else torch.cat(tensors) for name, tensors in columns.items()}
+    )
 
 
 def _best_first(detections: Detections) -> Detections:

@@ -17,7 +17,7 @@ from ..files import atomic_file
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_COLUMNS = Detections._fields[:-1]  # all but the sub-detectors
+_COLUMNS = ("boxes", "scores", "classes", "anchor_scales")
 
 
 class PartialDetections:
@@ -101,14 +101,15 @@ def _pack(fingerprint: str, images: dict[str, Detections]) -> bytes:
     for image_id, found in images.items():
         lists.append((image_id, 0.0, found))
         lists += [(image_id, scale, alone) for scale, alone in (found.sub_detectors or {}).items()]
-    image_ids, scales, rows = zip(*lists)
+    image_ids, scales, found = zip(*lists)
     arrays = {
         "fingerprint": np.array(fingerprint),
         "image_ids": np.array(image_ids),
         "scales": np.array(scales, dtype=np.float64),
-        "counts": np.array([len(found.scores) for found in rows]),
+        "counts": np.array([len(one.scores) for one in found]),
     }
-    for name, columns in zip(_COLUMNS, zip(*rows)):
+    for name in _COLUMNS:
+        columns = [getattr(one, name) for one in found]
         present = [column for column in columns if column is not None]
         arrays[f"has_{name}"] = np.array([column is not None for column in columns])
         arrays[name] = np.concatenate(present) if present else np.empty(0)

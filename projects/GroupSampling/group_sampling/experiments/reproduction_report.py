@@ -198,6 +198,12 @@ def write_report(reproduction: Reproduction) -> Path:
         "differences can be compared with the paper's, absolute values cannot.",
         "wider": "Each row is its config as it stands.",
     }
+    note = notes[scale]
+    if not all(reproduction.config(config).TEST.PYRAMID.SCALES for config in reproduction.configs):
+        note += (
+            " The test is of a single scale, where a sub-detector finds few faces but those of its size: @s of the "
+            "paper are of an image pyramid."
+        )
     results = {
         "about": {
             "scale": scale,
@@ -207,7 +213,7 @@ def write_report(reproduction: Reproduction) -> Path:
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "overrides": reproduction.overrides,
-            "note": notes[scale],
+            "note": note,
         },
         "experiments": {},
     }

@@ -29,6 +29,14 @@ class _Matched(NamedTuple):
     size_ids: NDArray[np.int8]  # index of the size nearest to the box
 
 
+class _ResultSet(NamedTuple):
+    """The detections of a detector, or of a sub-detector."""
+
+    name: str
+    updates: dict[str, _Matched]  # by image id
+    score_range: tuple[float, float]  # lowest and highest score
+
+
 _NO_DETECTIONS = _Matched(np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8))
 
 
@@ -114,8 +122,8 @@ class WiderFaceAP:
 
         self._background = self._num_faces
         self._no_face_in_image = self._num_faces + 1
-        # Image id -> its detections; of the detector under None, of a sub-detector under its scale.
-        self._updates: dict[float | None, dict[str, _Matched]] = {None: {}}
+        self._updates: dict[str, _Matched] = {}
+        self._sub_detectors: dict[float, dict[str, _Matched]] = {}
 
     @classmethod
     def from_records(cls, records: Iterable[ImageRecord], **options: Any) -> "WiderFaceAP":
@@ -167,17 +175,17 @@ class WiderFaceAP:
             ValueError: the image is unknown or was updated before, a shape is wrong, a box is inverted or not finite, a
                 score is not finite, or the sub-detectors are others than before; nothing is added then.
         """
-        check_new_image(image_id, self._boxes, self._updates[None])
+        check_new_image(image_id, self._boxes, self._updates)
         what = f"predictions of image {image_id!r}"
         by_scale = detections.sub_detectors or {}
-        if self._updates[None] and by_scale.keys() != self._updates.keys() - {None}:
-            expected = sorted(self._updates.keys() - {None})
+        if self._updates and by_scale.keys() != self._sub_detectors.keys():
+            expected = sorted(self._sub_detectors)
             raise ValueError(f"{what}: sub_detectors: expected {expected} as before, got {sorted(by_scale)}")
-        lists = {None: self._match(image_id, detections, what)}
-        for scale, found in by_scale.items():
-            lists[scale] = self._match(image_id, found, f"{what}: sub-detector {scale:g}")
-        for scale, matched in lists.items():
-            self._updates.setdefault(scale, {})[image_id] = matched
+        matched = self._match(image_id, detections, what)
+        alone = {s: self._match(image_id, found, f"{what}: sub-detector {s:g}") for s, found in by_scale.items()}
+        self._updates[image_id] = matched
+        for scale, found in alone.items():
+            self._sub_detectors.setdefault(scale, {})[image_id] = found
 
     def _match(self, image_id: str, detections: Detections, what: str) -> _Matched:
         boxes = _as_boxes(detections.boxes, what)
@@ -201,7 +209,7 @@ class WiderFaceAP:
         Raises:
             ValueError: the scores span more than a double holds.
         """
-        return self._result(list(self._boxes), self._score_ranges())
+        return self._result(list(self._boxes), self._result_sets())
 
     def compute_by(self, group_of: Callable[[str], str]) -> dict[str, WiderFaceResult]:
         """Evaluate groups of images on their own, in the order of the ground truth.
@@ -217,19 +225,18 @@ class WiderFaceAP:
         groups: dict[str, list[str]] = {}
         for image_id in self._boxes:
             groups.setdefault(group_of(image_id), []).append(image_id)
-        score_ranges = self._score_ranges()
-        return {group: self._result(images, score_ranges) for group, images in groups.items()}
+        result_sets = self._result_sets()
+        return {group: self._result(images, result_sets) for group, images in groups.items()}
 
-    def _result(
-        self, images: Sequence[str], score_ranges: Mapping[float | None, tuple[float, float]]
-    ) -> WiderFaceResult:
-        def found(scale: float | None) -> tuple[_Matched, NDArray[np.intp]]:
-            """What a list has in these images, with the threshold of each detection."""
-            updates = [self._updates[scale][image] for image in images if image in self._updates[scale]]
+    def _result(self, images: Sequence[str], result_sets: Sequence[_ResultSet]) -> WiderFaceResult:
+        def found(result_set: _ResultSet) -> tuple[_Matched, NDArray[np.intp]]:
+            """What a set has in these images, and the threshold of each detection."""
+            updates = [result_set.updates[image] for image in images if image in result_set.updates]
             matched = _Matched(*(np.concatenate(parts) for parts in zip(_NO_DETECTIONS, *updates)))
-            return matched, self._threshold_ids(matched.scores, score_ranges[scale])
+            return matched, self._threshold_ids(matched.scores, result_set.score_range)
 
-        (scores, taken, size_ids), threshold_ids = found(None)
+        joint, *sub_detectors = result_sets
+        (scores, taken, size_ids), threshold_ids = found(joint)
         faces = np.zeros(self._num_faces, dtype=bool)
         for image in images:
             first = self._first_face[image]
@@ -241,9 +248,9 @@ class WiderFaceAP:
             curves[name] = self._curve(threshold_ids, taken, counted, skip_images_without_faces=name != "all")
             num_faces[name], num_detections[name] = int(counted.sum()), len(scores)
         every = self._counted["all"] & faces
-        for scale in sorted(self._updates.keys() - {None}):
-            alone, thresholds = found(scale)
-            name = f"@{scale:g}"
+        for result_set in sub_detectors:
+            alone, thresholds = found(result_set)
+            name = result_set.name
             curves[name] = self._curve(thresholds, alone.taken, every, skip_images_without_faces=False)
             num_faces[name], num_detections[name] = int(every.sum()), len(alone.scores)
         has_face = taken < self._background
@@ -252,7 +259,7 @@ class WiderFaceAP:
             curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
             num_faces[name], num_detections[name] = int(counted.sum()), int((size_ids == index).sum())
 
-        updates = self._updates[None]
+        updates = self._updates
         counts = {
             "images": len(images),
             "faces": int(faces.sum()),
@@ -270,17 +277,10 @@ class WiderFaceAP:
         """Index of the size that is nearest to √area in log scale, the smaller one on a tie."""
         return np.searchsorted(scale_borders(self._sizes), area, side="left")
 
-    def _score_ranges(self) -> dict[float | None, tuple[float, float]]:
-        """Lowest and highest score of the set, under None, and of each sub-detector's."""
-        ranges = {}
-        for scale, updates in self._updates.items():
-            scores = [update.scores for update in updates.values() if len(update.scores)]
-            lowest = min((float(s.min()) for s in scores), default=0.0)
-            highest = max((float(s.max()) for s in scores), default=0.0)
-            if math.isinf(highest - lowest):
-                raise ValueError(f"scores: expected a range that a double holds, got {lowest} to {highest}")
-            ranges[scale] = lowest, highest
-        return ranges
+    def _result_sets(self) -> list[_ResultSet]:
+        """That of the detector, and those of its sub-detectors by ascending scale."""
+        sets = {"all": self._updates} | {f"@{s:g}": self._sub_detectors[s] for s in sorted(self._sub_detectors)}
+        return [_ResultSet(name, updates, _score_range(updates.values())) for name, updates in sets.items()]
 
     def _threshold_ids(self, scores: NDArray[np.float64], score_range: tuple[float, float]) -> NDArray[np.intp]:
         """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalized score reaches."""
@@ -309,6 +309,16 @@ class WiderFaceAP:
         found = np.cumsum(np.bincount(first_found[: self._num_faces][counted], minlength=size)[:size])
         with np.errstate(invalid="ignore"):  # 0 / 0: undefined, nan
             return found / counted.sum(), found / detected
+
+
+def _score_range(updates: Iterable[_Matched]) -> tuple[float, float]:
+    """Lowest and highest score of a set."""
+    scores = [update.scores for update in updates if len(update.scores)]
+    lowest = min((float(s.min()) for s in scores), default=0.0)
+    highest = max((float(s.max()) for s in scores), default=0.0)
+    if math.isinf(highest - lowest):
+        raise ValueError(f"scores: expected a range that a double holds, got {lowest} to {highest}")
+    return lowest, highest
 
 
 def _best_face(detections: NDArray[np.float64], faces: NDArray[np.float64], iou_thresh: float) -> NDArray[np.intp]:

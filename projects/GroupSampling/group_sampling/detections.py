@@ -48,7 +48,7 @@ def map_lists(function: Callable[..., Detections], *parts: Detections) -> Detect
     return joint._replace(sub_detectors={s: function(*(lists[s] for lists in by_scale)) for s in by_scale[0]})
 
 
-def _to_numpy(column: Any) -> np.ndarray | None:
+def _to_numpy(column: Any) -> Any:
     if column is None:
         return None
     return np.asarray(column.detach().cpu() if hasattr(column, "detach") else column)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,10 +220,11 @@ def _mirror(detections: Detections, width: int) -> Detections:
 
 def _concatenate(parts: Sequence[Detections]) -> Detections:
     """Without their sub-detectors."""
-    columns = {name: [part.columns[name] for part in parts] for name in parts[0].columns}
-    return Detections(
-        **{name: None if any(t is None for t in tensors) else torch.cat(tensors) for name, tensors in columns.items()}
-    )
+    columns: dict[str, Any] = {}
+    for name in parts[0].columns:
+        tensors = [part.columns[name] for part in parts]
+        columns[name] = None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
+    return Detections(**columns)
 
 
 def _best_first(detections: Detections) -> Detections:

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment
     Args:
         figure2: of :func:`figure2_results`, if that was asked for.
     """
-    measured: dict[str, dict[str, list[float | None]]] = {}
+    measured: dict[str, dict[str, Sequence[float | None]]] = {}
     for experiment in reproduction.experiments.values():
         for row in experiment.rows:
             aps = [reproduction.ap(row.config, seed) or {} for seed in reproduction.seeds]
@@ -176,7 +177,7 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
         return (NAN, NAN) if value is None else (value["mean"], value["std"] or 0.0)
 
     if name == "figure4":
-        lines = {label: [] for label in FIGURE4_DETECTORS.values()}
+        lines: dict[str, list[tuple[str, float, float]]] = {label: [] for label in FIGURE4_DETECTORS.values()}
         for row in experiment["rows"]:
             label, n = row["label"].split(", N = ")
             lines[label].append((n, *pair(row["ours"].get("all"))))
@@ -204,7 +205,7 @@ def write_report(reproduction: Reproduction) -> Path:
             " The test is of a single scale, where a sub-detector finds few faces but those of its size: @s of the "
             "paper are of an image pyramid."
         )
-    results = {
+    results: dict[str, Any] = {
         "about": {
             "scale": scale,
             "engine": reproduction.engine,

@@ -275,7 +275,7 @@ class WiderFaceAP:
 
     def _nearest_size(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
         """Index of the size that is nearest to √area in log scale, the smaller one on a tie."""
-        return np.searchsorted(scale_borders(self._sizes), area, side="left")
+        return np.searchsorted(scale_borders(self._sizes.tolist()), area, side="left")
 
     def _result_sets(self) -> list[_ResultSet]:
         """That of the detector, and those of its sub-detectors by ascending scale."""

@@ -413,11 +413,13 @@ def test_the_evaluation_after_a_training_is_continued(tmp_path, engine):
     first, *others = source.records
     interrupted = Evaluation(cfg, source, model, resume=False)
     mark = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
-    interrupted.add(first.image_id, mark)
+    alone = mark._replace(boxes=np.float32([[1, 2, 5, 6]]))
+    interrupted.add(first.image_id, mark._replace(sub_detectors=dict.fromkeys((16.0, 32.0, 64.0, 128.0), alone)))
     interrupted._partial.write()
 
     args.resume = True
     run(args)
-    found = {i: detections.boxes for i, detections in read_predictions(tmp_path / "inference" / NAME / "predictions")}
-    assert found[first.image_id].tolist() == [[1, 2, 3, 4]]
-    assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)
+    for name, box in (("predictions", [1, 2, 3, 4]), ("predictions@64", [1, 2, 5, 6])):
+        found = {i: detections.boxes for i, detections in read_predictions(tmp_path / "inference" / NAME / name)}
+        assert found[first.image_id].tolist() == [box]
+        assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)

@@ -73,6 +73,10 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
     cfg.TEST.WIDER_GROUND_TRUTH = "auto"
 
+    # A detector returns, beside its detections, those of each sub-detector: of the anchors of one scale alone, with
+    # their own top-k, NMS, merge of the pyramid and limit (Sec. 6.1). An evaluation then has AP@16, AP@32, ...
+    cfg.TEST.SUB_DETECTORS = False
+
     # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
     pyramid = cfg.TEST.PYRAMID = node()

@@ -288,6 +288,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     defaults = cfg.clone()
     merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, "TEST.SUB_DETECTORS needs it")
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},

@@ -11,7 +11,7 @@ from ...anchors import AnchorGrid, cell_anchors
 from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import Proposals, select_proposals
-from ...samplers import name_counts
+from ...monitor import name_counts
 from ..build import AnchorLayout
 from .sampling import SamplingModule
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .anchors import AnchorGrid
 from .head import Predict, predict_from
 from .losses import BOX_LOSSES, box_loss
-from .monitor import count_anchors
+from .monitor import HeadMonitor
 from .samplers import AnchorSampler
 
 
@@ -31,6 +31,9 @@ class AnchorCriterion(nn.Module):
 
     How losses are averaged is the sampler's :meth:`~AnchorSampler.classification` and :meth:`~AnchorSampler.average`.
     No step waits for a GPU.
+
+    Attributes:
+        monitor: what the training steps since it was last read say of the head's health.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class AnchorCriterion(nn.Module):
         if box_loss_mean not in BOX_LOSS_MEANS:
             raise ValueError(f"AnchorCriterion: expected a box_loss_mean among {BOX_LOSS_MEANS}, got {box_loss_mean!r}")
         self.sampler = sampler
+        self.monitor = HeadMonitor()
         self.box_loss_mean = box_loss_mean
         self.box_loss_type = box_loss_type
         self.smooth_l1_beta = smooth_l1_beta
@@ -83,7 +87,8 @@ class AnchorCriterion(nn.Module):
         chosen = self.sampler(grid, gt_boxes, ignore_boxes, iteration=iteration, logits=logits)
         shape = chosen.indices.shape  # (B, G, N)
         logits, deltas = predict(chosen.indices.flatten(1).clamp(min=0))  # -1 where a group ran out of anchors
-        classification = self.sampler.classification(logits.unflatten(1, shape[1:]), chosen)
+        logits = logits.unflatten(1, shape[1:])
+        classification = self.sampler.classification(logits, chosen)
 
         # Positives come first in every group, so the regression loss reads a fixed number of columns.
         columns = slice(self.sampler.max_positives)
@@ -103,8 +108,8 @@ class AnchorCriterion(nn.Module):
         normalizer = of_positives if self.box_loss_mean == "positives" else weights
         localization = self.sampler.average(losses, of_positives, normalizer)
 
-        num_pos, num_neg = count_anchors(grid, chosen) / shape[0]
-        return AnchorLosses(classification, localization, num_pos, num_neg)
+        num_pos, num_neg = self.monitor.add(grid, chosen, logits)
+        return AnchorLosses(classification, localization, num_pos / shape[0], num_neg / shape[0])
 
 
 def _rows(boxes: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

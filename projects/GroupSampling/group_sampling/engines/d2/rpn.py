@@ -181,6 +181,9 @@ class GroupSamplingRPN(RPN):
         storage = get_event_storage()
         gt_boxes = [x.gt_boxes.tensor for x in targets]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes_of(targets), iteration=storage.iter)
+        fired = getattr(self.rpn_head, "fired", None)
+        if fired is not None:
+            self.criterion.monitor.add_units(fired)
         log_counts(storage, "rpn", grid.scales, result.num_pos, result.num_neg)
         seconds = self.criterion.sampler.timer.seconds
         if seconds is not None:

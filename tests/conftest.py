@@ -22,6 +22,10 @@ NO_TEST_DATA = f"no real data in {TEST_DATA}: set GS_TEST_DATA to its folder"
 
 # No deadline: a busy machine is not a failure. derandomize: a red run is red again.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
+# tests/mutation/run.py runs a test hundreds of times.
+hypothesis.settings.register_profile(
+    "mutants", hypothesis.settings.get_profile("default"), max_examples=10, phases=[hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("default")
 
 

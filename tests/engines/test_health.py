@@ -60,7 +60,17 @@ def train_detectron2(config, opts, kill):
 @pytest.mark.parametrize("train", [train_torchvision, train_detectron2])
 def test_killing_a_head_raises_the_warning(train, death, tmp_path):
     kill, expected = DEATHS[death]
-    opts = [*SMALL_OPTS, "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"]
+    opts = [
+        *SMALL_OPTS,
+        "DATASETS.TEST",
+        "()",
+        "OUTPUT_DIR",
+        str(tmp_path),
+        "SOLVER.MAX_ITER",
+        "2",
+        "SOLVER.STEPS",
+        "()",
+    ]
     train(str(CONFIGS / "fpn_finest_sampling.yaml"), opts, kill)
     found = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "group_sampling.engines.step" in line]
     assert "iter: 1  health: units: " in found[0] and "grad_norm: " in found[0]

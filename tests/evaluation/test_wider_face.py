@@ -15,6 +15,8 @@ from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.files import write_json
 
+BOX = [[0.0, 0.0, 9.0, 9.0]]
+
 
 def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty_images, score_range=None):
     """The published evaluation, loop by loop. Boxes are (x, y, w, h), detections (x, y, w, h, score), dicts by image.
@@ -31,7 +33,7 @@ def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty
         if not rows or (not faces and skip_empty_images):
             continue
         rows = sorted(rows, key=lambda row: -row[4])
-        normalised = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
+        normalized = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
         state = [0] * len(faces)
         is_proposal, recalled = [], []
         for x, y, w, h, _ in rows:
@@ -57,7 +59,7 @@ def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty
             recalled.append(state.count(1))
         for t in range(num_thresholds):
             threshold = 1 - (t + 1) / num_thresholds
-            above = sum(score >= threshold for score in normalised)
+            above = sum(score >= threshold for score in normalized)
             if above:
                 totals[t][0] += is_proposal[:above].count(True)
                 totals[t][1] += recalled[above - 1]
@@ -253,6 +255,53 @@ def test_an_empty_box_stands_for_an_image_without_faces():
     assert with_box.ap == without.ap == {"all": 0.5} and with_box.num_faces == without.num_faces == {"all": 1}
 
 
+def test_counts():
+    evaluator = WiderFaceAP({"a": BOX * 2, "b": BOX, "c": [], "d": BOX * 3, "e": []})
+    evaluator.update("a", Detections([], []))
+    evaluator.update("b", Detections(BOX, [0.5]))
+    evaluator.update("c", Detections(BOX * 2, [0.5, 0.7]))
+    assert len(evaluator) == 5
+    assert evaluator.compute().counts == {
+        "images": 5,
+        "faces": 6,
+        "detections": 3,
+        "images_without_predictions": 3,  # a, d, e
+        "images_without_faces": 2,
+        "detections_without_faces": 2,
+    }
+
+
+def test_touching_is_no_overlap_and_the_threshold_is_reached_by_equality():
+    for other in ([50, 0, 59, 9], [0, 50, 9, 59], [10, 0, 19, 9], [0, 10, 9, 19]):
+        evaluator = WiderFaceAP({"a": BOX}, iou_thresh=1e-6)
+        evaluator.update("a", Detections([other], [1]))
+        assert evaluator.compute().ap["all"] == 0, other
+    for box, ap in ((BOX, 1), ([[0, 0, 9, 8.75]], 0)):
+        evaluator = WiderFaceAP({"a": BOX}, iou_thresh=1)
+        evaluator.update("a", Detections(box, [1]))
+        assert evaluator.compute().ap["all"] == ap
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_inverted_faces_take_no_area_away(axis):
+    """Face and detection of 10 pixels; the inverted face would have -10, and 0 / 0 would hide the other one."""
+    line, inverted = [0, 0, 9, 0], [0, 203, 9, 201]
+    if axis == 0:
+        line, inverted = [0, 0, 0, 9], [203, 0, 201, 9]
+    evaluator = WiderFaceAP({"a": [line, inverted]}, subsets={"easy": {"a": [True, False]}})
+    evaluator.update("a", Detections([line], [1]))
+    with np.errstate(invalid="raise"):
+        assert evaluator.compute().ap["easy"] == 1
+
+
+def test_equal_scores_are_not_divided_by_their_range():
+    evaluator = WiderFaceAP({"a": BOX})
+    evaluator.update("a", Detections(BOX * 2, [0.25, 0.25]))
+    with np.errstate(all="raise"):
+        recall, precision = evaluator.compute().curves["all"]
+    assert (recall == 1).all() and (precision == 0.5).all()
+
+
 def test_ignored_and_odd_faces():
     # The last two are inverted: they overlap nothing and are counted nowhere. The "area" of the last one is -100.
     boxes = [[0, 0, 9, 9], [100, 0, 109, 9], [203, 0, 200, 9], [300, 0, 289, 9]]
@@ -275,7 +324,7 @@ def test_a_subset_cannot_keep_an_ignored_face():
     assert evaluator.compute().num_faces["easy"] == 0
 
 
-def test_scores_are_normalised_over_the_whole_set():
+def test_scores_are_normalized_over_the_whole_set():
     rng = np.random.default_rng(0)
     boxes = {str(i): rng.integers(0, 50, (5, 4)) + [[0, 0, 60, 60]] for i in range(10)}
     results = []
@@ -311,6 +360,13 @@ def test_compute_can_be_called_in_between():
     assert evaluator.compute().ap["all"] == 1
 
 
+def test_more_faces_than_a_block_has_pairs():
+    left = 10.0 * np.arange(40_000)[:, None]
+    evaluator = WiderFaceAP({"a": np.hstack([left, 0 * left, left + 9, 0 * left + 9])}, num_thresholds=1)
+    evaluator.update("a", Detections([[0, 0, 9, 9], [399_990, 0, 399_999, 9]], [1, 1]))
+    assert evaluator.compute().ap["all"] == 2 / 40_000
+
+
 def test_crowds_are_matched_in_blocks():
     rng = np.random.default_rng(3)
     corners = rng.integers(0, 3000, (1500, 2)).astype(float)
@@ -327,9 +383,6 @@ def test_crowds_are_matched_in_blocks():
     assert whole.compute().ap["all"] > 0.3
 
 
-BOX = [[0.0, 0.0, 9.0, 9.0]]
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -337,7 +390,8 @@ BOX = [[0.0, 0.0, 9.0, 9.0]]
         (("done", BOX, [1]), "expected one update per image, got a second one for 'done'"),
         (("a", [[0, 0, 9]], [1]), r"image 'a': boxes: expected shape \(k, 4\), got \(1, 3\)"),
         (("a", [[0, 0, math.nan, 9]], [1]), r"image 'a': boxes\[0\]: expected numbers finite"),
-        (("a", [[0, 0, 1e12, 9]], [1]), r"boxes\[0\]: expected numbers finite and below 1e\+09"),
+        (("a", [5.0], [1]), r"image 'a': boxes: expected shape \(k, 4\), got \(1,\)"),
+        (("a", [[0, 0, 1e9, 9]], [1]), r"boxes\[0\]: expected numbers finite and below 1e\+09"),
         (
             ("a", BOX + [[9, 0, 3, 9]], [1, 1]),
             r"boxes\[1\]: expected x1 <= x2 and y1 <= y2, got \[9.0, 0.0, 3.0, 9.0\]",
@@ -362,7 +416,7 @@ def test_refused_updates_change_nothing(arguments, message):
 def test_refused_anchor_scales():
     evaluator = WiderFaceAP({"a": BOX, "b": BOX})
     with pytest.raises(ValueError, match=r"image 'a': anchor_scales: expected one of \[16.0, .*\], got 24.0"):
-        evaluator.update("a", Detections(BOX, [1], anchor_scales=[24]))
+        evaluator.update("a", Detections(BOX * 3, [1, 1, 1], anchor_scales=[16, 24, 48]))
     evaluator.update("a", Detections(BOX, [1], anchor_scales=[16]))
     with pytest.raises(ValueError, match="with all images or with none"):
         evaluator.update("b", Detections(BOX, [1]))
@@ -375,11 +429,14 @@ def test_refused_anchor_scales():
     "options, message",
     [
         ({"iou_thresh": 0}, "iou_thresh: expected a number in"),
+        ({"iou_thresh": 1.5}, "iou_thresh: expected a number in"),
         ({"iou_thresh": math.nan}, "iou_thresh: expected a number in"),
         ({"num_thresholds": 0}, "num_thresholds: expected at least 1, got 0"),
         ({"scales": [32, 16]}, "scales: expected at least one, positive and ascending"),
         ({"scales": []}, "scales: expected at least one, positive and ascending, got"),
         ({"scales": [0, 16]}, "scales: expected at least one, positive"),
+        ({"scales": [16, 16]}, "scales: expected at least one, positive and ascending"),
+        ({"scales": [[16, 32]]}, "scales: expected at least one, positive"),
         ({"ignore": {"b": [True]}}, "ignore: expected images of boxes, got 'b'"),
         ({"ignore": {"a": [True, True]}}, r"ignore: image 'a': expected 1 flags, one per box, got shape \(2,\)"),
         ({"subsets": {"easy": {}}}, "subset 'easy': expected flags for every image, got none for 'a'"),
@@ -390,6 +447,14 @@ def test_refused_anchor_scales():
 def test_refused_options(options, message):
     with pytest.raises(ValueError, match=message):
         WiderFaceAP({"a": BOX}, **options)
+
+
+def test_the_smallest_scales_and_the_largest_coordinates():
+    largest = [[0, 0, np.nextafter(1e9, 0), 9]]
+    evaluator = WiderFaceAP({"a": largest, "b": [[0, 0, 0.75, 0.75]]}, scales=[0.5, 1.25], num_thresholds=1)
+    evaluator.update("a", Detections(largest, [1], anchor_scales=[1.25]))
+    result = evaluator.compute()
+    assert result.num_faces == {"all": 2, "@0.5": 1, "@1.25": 1} and result.ap["@1.25"] == 1
 
 
 def test_refused_ground_truth():

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class FaceDetector:
         if isinstance(images, torch.Tensor) and images.ndim == 4:
             images = list(images)
         if not isinstance(images, list | tuple):
-            return self._detect_batch([as_image(images)])[0]
+            return self._detect_batch([as_image(cast(ImageLike, images))])[0]  # as_image refuses what is none
         found = []
         for start in range(0, len(images), self.batch_size):
             found += self._detect_batch([as_image(image) for image in images[start : start + self.batch_size]])
@@ -153,13 +154,13 @@ class FaceDetector:
         if self._pyramid:
             return [
                 self._to_faces(
-                    self._pyramid(image, lambda tile: self._detect([np.require(tile, requirements="CW")])[0]),
+                    self._pyramid(image, lambda tile: self._detect([np.require(tile, requirements=["C", "W"])])[0]),
                     image.shape[:2],
                 )
                 for image in images
             ]
         # Writable, as torch.from_numpy wants it: Pillow's arrays are not.
-        resized = [np.require(self._transform.apply_image(image), requirements="CW") for image in images]
+        resized = [np.require(self._transform.apply_image(image), requirements=["C", "W"]) for image in images]
         found: dict[int, Faces] = {}
         for shape in dict.fromkeys(image.shape for image in resized):
             indices = [index for index, image in enumerate(resized) if image.shape == shape]

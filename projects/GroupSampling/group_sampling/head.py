@@ -45,9 +45,10 @@ class SoftmaxRPNHead(nn.Module):
         self.bbox_pred = nn.Conv2d(in_channels, 4 * num_anchors, kernel_size=1)
         for layer in (self.conv, self.cls_logits, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
         if face_prior is not None:
-            nn.init.constant_(self.cls_logits.bias[num_anchors:], math.log(face_prior / (1 - face_prior)))
+            face_bias = self.cls_logits.get_parameter("bias")[num_anchors:]
+            nn.init.constant_(face_bias, math.log(face_prior / (1 - face_prior)))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -142,9 +143,10 @@ class SoftmaxRPNHead(nn.Module):
     def _output_layer(self) -> tuple[Tensor, Tensor]:
         """The two 1x1 convolutions as one: (A, 5, C) and (A, 5), of each anchor the logit difference and the deltas."""
         cls_weight = self.cls_logits.weight.view(2, self.num_anchors, 1, -1)
-        cls_bias = self.cls_logits.bias.view(2, self.num_anchors, 1)
+        # torch declares the bias of every convolution as optional.
+        cls_bias = self.cls_logits.bias.view(2, self.num_anchors, 1)  # type: ignore[union-attr]
         box_weight = self.bbox_pred.weight.view(self.num_anchors, 4, -1)
-        box_bias = self.bbox_pred.bias.view(self.num_anchors, 4)
+        box_bias = self.bbox_pred.bias.view(self.num_anchors, 4)  # type: ignore[union-attr]
         return (
             torch.cat([cls_weight[1] - cls_weight[0], box_weight], dim=1),
             torch.cat([cls_bias[1] - cls_bias[0], box_bias], dim=1),

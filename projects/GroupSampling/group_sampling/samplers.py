@@ -18,7 +18,7 @@ from . import distributed
 from .anchors import AnchorGrid
 from .config import ConfigError, sample_count
 from .losses import classification_loss
-from .ops import AssignResult, MatchResult, assign_and_sample, match_anchor_grid
+from .ops import AssignResult, MatchOptions, MatchResult, assign_and_sample, match_anchor_grid
 from .timing import PartTimer
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class AnchorSampler(ABC):
         self.num_samples = num_samples
         self.seed = seed
         self.timer = PartTimer()
-        self.match_options = {
+        self.match_options: MatchOptions = {
             "pos_iou": pos_iou,
             "neg_iou": neg_iou,
             "second_pass": second_pass,
@@ -175,6 +175,8 @@ class _RandomSampler(AnchorSampler):
     A draw depends on (seed, iteration, rank, image, group) alone, so a resumed run draws what the uninterrupted one
     would have drawn, and the images of a batch and the ranks of a run draw independently.
     """
+
+    num_samples: int
 
     def __init__(self, num_samples: int, *, positive_fraction: float = 0.25, **options: Any):
         super().__init__(num_samples, **options)

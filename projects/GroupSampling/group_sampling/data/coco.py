@@ -107,7 +107,8 @@ def format_annotations(
     category_ids = list(categories)
     keep_ids = all(record.image_id.isdecimal() for record in records)
     keep_ids = keep_ids and len({int(record.image_id) for record in records}) == len(records)  # not "1" and "01"
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, record in enumerate(records, 1):
         image_id = int(record.image_id) if keep_ids else number
         path = PurePath(os.path.relpath(record.file_name, image_root)).as_posix()

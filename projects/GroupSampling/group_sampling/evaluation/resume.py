@@ -106,7 +106,7 @@ def _pack(fingerprint: str, images: dict[str, Detections]) -> bytes:
         arrays[f"has_{name}"] = np.array([column is not None for column in columns])
         arrays[name] = np.concatenate(present) if present else np.empty(0)
     stream = io.BytesIO()
-    np.savez(stream, **arrays)
+    np.savez(stream, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes the keys for its option allow_pickle
     return stream.getvalue()
 
 

@@ -130,12 +130,15 @@ def _example_images(records: Sequence[ImageRecord]) -> list[tuple[str, str, Imag
     with_faces = [record for record in records if (~record.ignore).any()]
     if not with_faces:
         return []
-    choices = (
-        ("detections_large.png", "Large faces", lambda s: np.sum((s >= 64) & (s <= 180))),
-        ("detections_tiny.png", "Tiny faces", lambda s: np.sum((s >= 10) & (s < 24))),
-        ("detections_many.png", "Many faces", len),
-    )
-    return [(file, heading, max(with_faces, key=lambda r, k=key: k(sizes(r)))) for file, heading, key in choices]
+
+    def with_most(count: Callable[[np.ndarray], int]) -> ImageRecord:
+        return max(with_faces, key=lambda record: count(sizes(record)))
+
+    return [
+        ("detections_large.png", "Large faces", with_most(lambda s: len(s[(s >= 64) & (s <= 180)]))),
+        ("detections_tiny.png", "Tiny faces", with_most(lambda s: len(s[(s >= 10) & (s < 24)]))),
+        ("detections_many.png", "Many faces", with_most(len)),
+    ]
 
 
 def _plot_example(predictions: Mapping[str, Mapping[str, Detections]], record: ImageRecord, path: Path) -> None:

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment
     Args:
         figure2: of :func:`figure2_results`, if that was asked for.
     """
-    measured: dict[str, dict[str, list[float | None]]] = {}
+    measured: dict[str, dict[str, Sequence[float | None]]] = {}
     for experiment in reproduction.experiments.values():
         for row in experiment.rows:
             aps = [reproduction.ap(row.config, seed) or {} for seed in reproduction.seeds]
@@ -178,7 +179,7 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
         return (NAN, NAN) if value is None else (value["mean"], value["std"] or 0.0)
 
     if name == "figure4":
-        lines = {label: [] for label in FIGURE4_DETECTORS.values()}
+        lines: dict[str, list[tuple[str, float, float]]] = {label: [] for label in FIGURE4_DETECTORS.values()}
         for row in experiment["rows"]:
             label, n = row["label"].split(", N = ")
             lines[label].append((n, *pair(row["ours"].get("all"))))
@@ -200,7 +201,7 @@ def write_report(reproduction: Reproduction) -> Path:
         "differences can be compared with the paper's, absolute values cannot.",
         "wider": "Each row is its config as it stands.",
     }
-    results = {
+    results: dict[str, Any] = {
         "about": {
             "scale": scale,
             "engine": reproduction.engine,

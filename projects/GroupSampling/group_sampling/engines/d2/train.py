@@ -29,12 +29,14 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
+from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ..build import (
     build_training_loader,
     check_config,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
@@ -158,20 +160,31 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
+        check_start(self.cfg, self.start_iter)
         if self.start_iter > 0:  # the loader of __init__ starts at iteration 0
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
             # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
+    @stop.handler.deferred()
+    def train(self):
+        return super().train()
+
     def after_step(self) -> None:
-        if is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
+        stops = self._guard.stop_signal and self.iter + 1 < self.max_iter
+        if stops or is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
             self._guard.check()
         if is_due(self.iter, self.max_iter):
             norms = self._trainer.read_metrics()
             if comm.is_main_process():
                 for name, value in self._health.read(self.iter, norms).items():
                     self.storage.put_scalar(name, value, smoothing_hint=False)
-        super().after_step()
+        try:
+            super().after_step()
+        except stop.Stopped as stopped:  # in an evaluation
+            stop.save_and_stop(self.checkpointer, self.iter, stopped.number)
+        if stops:
+            stop.save_and_stop(self.checkpointer, self.iter, self._guard.stop_signal)
 
     def after_train(self) -> None:
         super().after_train()
@@ -225,6 +238,7 @@ class Trainer(DefaultTrainer):
         return GroupSamplingEvaluator(cfg, dataset_name)
 
     @classmethod
+    @stop.handler.at_once()
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None, *, resume: bool = False):
         """``DefaultTrainer.test``, on the image pyramid of ``TEST.PYRAMID`` if its ``SCALES`` are set.
 

@@ -274,7 +274,7 @@ class WiderFaceAP:
 
     def _nearest_scale(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
         """Index of the scale that is nearest to √area in log scale, the smaller one on a tie."""
-        return np.searchsorted(scale_borders(self._scales), area, side="left")
+        return np.searchsorted(scale_borders(self._scales.tolist()), area, side="left")
 
     def _score_range(self) -> tuple[float, float]:
         """Lowest and highest score of the set."""

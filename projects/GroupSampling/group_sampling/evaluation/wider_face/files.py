@@ -213,10 +213,12 @@ def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
             if member is None:
                 break
             _check_member(path, member.name, is_link=not (member.isfile() or member.isdir()))
-            if member.isfile() and _is_prediction(member.name):
+            if _is_prediction(member.name):
                 with _errors_of_archive(path):
-                    content = archive.extractfile(member).read(_MAX_FILE_BYTES + 1)
-                yield member.name, _check_size(content, f"{path}/{member.name}")
+                    file = archive.extractfile(member)  # None: a folder
+                    content = None if file is None else file.read(_MAX_FILE_BYTES + 1)
+                if content is not None:
+                    yield member.name, _check_size(content, f"{path}/{member.name}")
         # tarfile takes a damaged header, or the end of a file that was cut off, for the end of the archive.
         with _errors_of_archive(path):
             archive.fileobj.seek(archive.offset)

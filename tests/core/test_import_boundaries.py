@@ -17,7 +17,7 @@ PACKAGE = Path(group_sampling.__file__).parent
 LAYERS = (
     {"version", "errors", "files", "timing", "distributed", "detections", "stop"},
     {"boxes", "anchors", "scales", "ops", "config"},
-    {"losses", "head", "samplers", "criterion", "roi_sampling", "inference"},
+    {"losses", "head", "samplers", "criterion", "roi_sampling", "inference", "monitor"},
     {"data"},
     {"pyramid", "evaluation", "checkpoint", "env", "faces"},
     {"engines"},

@@ -5,6 +5,7 @@ Keys that Detectron2 already has keep their name and meaning (``MODEL.RPN.IOU_TH
 """
 
 import difflib
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,14 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     gs.SAMPLER = "group"
     # N of every scale, positives and negatives together (Sec. 6.2, Fig. 4: accuracy saturates at 2,048).
     gs.SAMPLES_PER_GROUP = 2048
+    # Three readings of Sec. 4.2 (docs/deviations.md); SAMPLER "group" reads the first two. Where a scale has fewer
+    # positives than N MODEL.RPN.POSITIVE_FRACTION: "negatives" take their place, or the positives there are count
+    # again, in turn ("repeat") or by weight ("weight").
+    gs.FILL = "negatives"
+    # A loss is one mean over "all" that was drawn, or the mean of the means within each scale ("group").
+    gs.LOSS_MEAN = "all"
+    # The regression losses are divided by the number of "positives", or of all that was "drawn" (Faster R-CNN).
+    gs.BBOX_REG_LOSS_MEAN = "positives"
     # Which proposals the second stage sees, with MODEL.ROI_HEADS.NAME GroupedROIHeads (Table 5). "group": N of every
     # scale, a proposal being of the anchor scale nearest to its size. "uniform": ROI_HEADS.BATCH_SIZE_PER_IMAGE of all.
     gs.ROI_SAMPLER = "uniform"
@@ -237,9 +246,19 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
 
 def get_value(cfg: CfgNode, key: str) -> Any:
     """The value of a dotted key."""
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
+    return operator.attrgetter(key)(cfg)
+
+
+def sample_count(cfg: CfgNode, key: str) -> int:
+    """The number of samples at ``key``.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    count = get_value(cfg, key)
+    if count < 1:
+        raise ConfigError(f"{key}: expected at least 1, got {count}")
+    return count
 
 
 def anchor_scales(cfg: CfgNode) -> tuple[float, ...]:

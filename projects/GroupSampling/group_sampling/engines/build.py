@@ -16,7 +16,7 @@ from .. import distributed
 from ..anchors import AnchorGrid
 from ..checkpoint import Description, saved_config
 from ..config import ConfigError, check_common_values, check_values, dump_config
-from ..criterion import AnchorCriterion
+from ..criterion import BOX_LOSS_MEANS, AnchorCriterion
 from ..data.catalog import Catalog, Source
 from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
 from ..data.records import ImageRecord
@@ -25,7 +25,7 @@ from ..detections import Detections
 from ..losses import BOX_LOSSES
 from ..pyramid import ImagePyramid
 from ..roi_sampling import build_proposal_sampler
-from ..samplers import build_anchor_sampler
+from ..samplers import FILLS, LOSS_MEANS, build_anchor_sampler
 
 # Values of MODEL.ROI_HEADS.NAME: the heads that return the proposals of a single-stage detector as its detections, and
 # those of Grouped Fast R-CNN (Table 5).
@@ -249,8 +249,14 @@ def build_criterion(cfg: CfgNode) -> AnchorCriterion:
     """
     rpn = cfg.MODEL.RPN
     check_values(cfg, {"MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES}, "these are the losses of the paper")
+    readings = {"FILL": FILLS, "LOSS_MEAN": LOSS_MEANS, "BBOX_REG_LOSS_MEAN": BOX_LOSS_MEANS}
+    readings = {f"MODEL.GROUP_SAMPLING.{key}": values for key, values in readings.items()}
+    check_values(cfg, readings, "docs/deviations.md tells them apart")
     return AnchorCriterion(
-        build_anchor_sampler(cfg), box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA
+        build_anchor_sampler(cfg),
+        box_loss_type=rpn.BBOX_REG_LOSS_TYPE,
+        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+        box_loss_mean=cfg.MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN,
     )
 
 

@@ -43,7 +43,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, GradientClipper, is_due
+from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -90,8 +90,12 @@ class _ReadsLate:
     def _write_metrics(self, loss_dict: dict[str, Tensor], data_time: float, *args, **kwargs) -> None:
         self._unread.append((self.iter, data_time, {name: loss.detach() for name, loss in loss_dict.items()}))
 
-    def read_metrics(self) -> None:
-        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time."""
+    def read_metrics(self) -> list[float]:
+        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time.
+
+        Returns:
+            The norms of the gradients in them.
+        """
         iterations, data_times, scalars = zip(*self._unread)
         self._unread.clear()
         names, values = list(scalars[0]), torch.stack([torch.stack(list(step.values())).float() for step in scalars])
@@ -108,6 +112,7 @@ class _ReadsLate:
                 for name, mean in named.items():
                     if math.isfinite(mean):  # the norm is not where a gradient scaler skipped the step
                         put(name, mean)
+        return values[:, names.index("grad_norm")].tolist()
 
 
 class _SimpleTrainer(_ReadsLate, SimpleTrainer):
@@ -146,6 +151,7 @@ class Trainer(DefaultTrainer):
         self._guard = FiniteLossGuard(optimizer)
         model.register_forward_hook(functools.partial(_watch_losses, self._guard))
         self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(cfg, model, loader, optimizer)
+        self._health = HealthLog(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
@@ -170,7 +176,10 @@ class Trainer(DefaultTrainer):
         if stops or is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
             self._guard.check()
         if is_due(self.iter, self.max_iter):
-            self._trainer.read_metrics()
+            norms = self._trainer.read_metrics()
+            if comm.is_main_process():
+                for name, value in self._health.read(self.iter, norms).items():
+                    self.storage.put_scalar(name, value, smoothing_hint=False)
         try:
             super().after_step()
         except stop.Stopped as stopped:  # in an evaluation

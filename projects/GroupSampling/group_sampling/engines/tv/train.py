@@ -44,7 +44,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, GradientClipper, is_due
+from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model, to_detections
@@ -155,7 +155,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
-    guard, clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
+    guard, clipper, health = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer), HealthLog(cfg, model)
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
@@ -182,8 +182,9 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         if is_due(iteration, max_iter):
             means = _mean_over_ranks(scalars)
             if writer:
+                last = health.read(iteration, [values["grad_norm"] for values in means])
                 for (step, step_times, step_lr), values in zip(logged, means):
-                    writer.step(step, {**values, **step_times}, step_lr)
+                    writer.step(step, {**values, **step_times}, step_lr, last if step == iteration else {})
             logged.clear()
             scalars.clear()
         periodic_checkpointer.step(iteration)

@@ -6,6 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROJECT := projects/GroupSampling
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+# A process for each core, with one thread each; tests of threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 PYTEST_ARGS ?=
 
 .PHONY: env demo test test-slow sanitize bench lint format clean
@@ -34,17 +36,17 @@ env: $(VENV)/.extension
 	elif $(PY) -m pip install --no-index --no-deps --only-binary :all: detectron2 > /dev/null 2>&1; then \
 		$(PY) -m pip install -r requirements-detectron2.lock && echo "Detectron2: installed from the configured find-links"; \
 	else \
-		echo "Detectron2: not found; going on with the torchvision engine (README.md, Install, tells how to add it)"; \
+		echo "Detectron2: not found; continuing with the torchvision engine (to add it, see Install in README.md)"; \
 	fi
 
 demo: env
 	$(PY) $(PROJECT)/tools/demo.py
 
 test: env
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: env
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 sanitize: env  # the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PY) -m pytest -m slow tests/ops/test_op_builds.py -k sanitizers

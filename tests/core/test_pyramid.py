@@ -138,11 +138,11 @@ def test_no_voting_unless_asked_for():
     assert with_one.boxes.tolist() == [[0, 0, 10, 10]]
 
 
-# Detectors: rectangles of known colours, each found as the bounding box of what is seen of it.
+# Detectors: rectangles of known colors, each found as the bounding box of what is seen of it.
 
 
-def find_colours(image: np.ndarray) -> Detections:
-    """The bounding box of every colour in the red channel; what it finds depends on nothing outside of the box."""
+def find_colors(image: np.ndarray) -> Detections:
+    """The bounding box of every color in the red channel; what it finds depends on nothing outside of the box."""
     found = []
     for index, area in enumerate(ndimage.find_objects(image[..., 0]), start=1):
         if area is not None:
@@ -157,14 +157,14 @@ def find_colours(image: np.ndarray) -> Detections:
 
 
 def paint_rectangles(height, width, sizes, rng) -> np.ndarray:
-    """Rectangles of these (height, width) that do not touch, each of its own colour."""
+    """Rectangles of these (height, width) that do not touch, each of its own color."""
     image = np.zeros((height, width, 3), dtype=np.uint8)
-    colour = 0
+    color = 0
     for rectangle_height, rectangle_width in sizes:
         y, x = rng.integers(0, height - rectangle_height), rng.integers(0, width - rectangle_width)
         if not image[max(0, y - 1) : y + rectangle_height + 1, max(0, x - 1) : x + rectangle_width + 1].any():
-            colour += 1
-            image[y : y + rectangle_height, x : x + rectangle_width] = colour
+            color += 1
+            image[y : y + rectangle_height, x : x + rectangle_width] = color
     return image
 
 
@@ -200,12 +200,12 @@ def test_tiles_find_what_the_whole_image_has():
         max_side = overlap + int(rng.integers(32, 160))
         sizes = rng.integers(2, overlap - 2, (120, 2))
         image = paint_rectangles(int(rng.integers(60, 420)), int(rng.integers(60, 420)), sizes.clip(max=59), rng)
-        whole = find_colours(image)
+        whole = find_colors(image)
         seen = []
 
         def detect(tile, seen=seen, max_side=max_side):
             assert max(tile.shape[:2]) <= max_side and tile.flags.c_contiguous
-            seen.append(find_colours(tile))
+            seen.append(find_colors(tile))
             return seen[-1]
 
         found = make_pyramid(max_side=max_side, tile_overlap=overlap)(image, detect)
@@ -218,7 +218,7 @@ def test_a_face_larger_than_the_overlap_comes_in_parts():
     """Nothing of it is dropped: the parts cover it."""
     image = np.zeros((100, 400, 3), dtype=np.uint8)
     image[10:90, 30:390] = 7
-    found = make_pyramid(max_side=160, tile_overlap=40, nms_thresh=0.9)(image, find_colours)
+    found = make_pyramid(max_side=160, tile_overlap=40, nms_thresh=0.9)(image, find_colors)
     covered = np.zeros((100, 400), dtype=bool)
     for x1, y1, x2, y2 in found.boxes.int().tolist():
         covered[y1:y2, x1:x2] = True
@@ -255,14 +255,14 @@ def test_no_level_is_empty():
 
     def detect(tile):
         seen.append(tile.shape[:2])
-        return find_colours(tile)
+        return find_colors(tile)
 
     make_pyramid((0.001, 0.015))(image, detect)
     assert seen == [(1, 1), (1, 2)]
 
 
 def find_bright(image: np.ndarray, sizes=(0, math.inf)) -> Detections:
-    """Connected bright areas whose longer side is within ``sizes``. Scores favour the left, and no two images have the
+    """Connected bright areas whose longer side is within ``sizes``. Scores favor the left, and no two images have the
     same ones."""
     areas = ndimage.find_objects(ndimage.label(image[..., 0] > 127)[0])
     boxes = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in areas]
@@ -289,7 +289,7 @@ def test_mirrored_image_gives_mirrored_detections(options):
 def test_one_scale_is_the_single_scale_test():
     rng = np.random.default_rng(1)
     image = paint_rectangles(300, 400, rng.integers(5, 60, (80, 2)), rng)
-    assert as_rows(make_pyramid()(image, find_colours)) == as_rows(find_colours(image))
+    assert as_rows(make_pyramid()(image, find_colors)) == as_rows(find_colors(image))
 
 
 @pytest.mark.parametrize("shape", [(97, 240), (240, 97), (480, 480)])

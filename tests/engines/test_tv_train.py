@@ -78,7 +78,7 @@ def test_metrics_have_detectron2s_names(trained):
     assert [line["iteration"] for line in lines] == [19, 19, 39, 39]
     losses, counts = lines[0], {f"rpn/{kind}@{scale}" for kind in ("num_pos", "num_neg") for scale in SCALES}
     names = {"iteration", "total_loss", "loss_rpn_cls", "loss_rpn_loc", "lr", "time", "data_time", "time_assign"}
-    names.add("eta_seconds")
+    names |= {"eta_seconds", "grad_norm"}
     assert losses.keys() == names | counts
     assert losses["lr"] == pytest.approx(0.01) and losses["eta_seconds"] > 0
     assert all(losses[f"rpn/num_pos@{s}"] + losses[f"rpn/num_neg@{s}"] == pytest.approx(32) for s in SCALES)

@@ -33,7 +33,7 @@ def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty
         if not rows or (not faces and skip_empty_images):
             continue
         rows = sorted(rows, key=lambda row: -row[4])
-        normalised = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
+        normalized = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
         state = [0] * len(faces)
         is_proposal, recalled = [], []
         for x, y, w, h, _ in rows:
@@ -59,7 +59,7 @@ def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty
             recalled.append(state.count(1))
         for t in range(num_thresholds):
             threshold = 1 - (t + 1) / num_thresholds
-            above = sum(score >= threshold for score in normalised)
+            above = sum(score >= threshold for score in normalized)
             if above:
                 totals[t][0] += is_proposal[:above].count(True)
                 totals[t][1] += recalled[above - 1]
@@ -325,7 +325,7 @@ def test_a_subset_cannot_keep_an_ignored_face():
     assert evaluator.compute().num_faces["easy"] == 0
 
 
-def test_scores_are_normalised_over_the_whole_set():
+def test_scores_are_normalized_over_the_whole_set():
     rng = np.random.default_rng(0)
     boxes = {str(i): rng.integers(0, 50, (5, 4)) + [[0, 0, 60, 60]] for i in range(10)}
     results = []

@@ -17,7 +17,7 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .config import ConfigError, changed_keys
 from .files import atomic_file, write_atomically
 
 # torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
@@ -233,13 +233,19 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
     """
     if os.fspath(path).endswith((".pkl", ".pyth")):
         raise ValueError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
-    mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
+    is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
+    mmap = mmap and is_zip
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ValueError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
         ) from error
+    if is_zip and not mmap:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path}: the file is damaged: the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, Mapping):
         kind = type(checkpoint).__name__
         raise ValueError(f"{path}: expected a dict of parameters, got {kind}. {UNDERSTOOD_FORMATS}")
@@ -322,6 +328,8 @@ class CheckpointMixin(Checkpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         resumes = resume and self.has_checkpoint()
+        if resume and not resumes and self.checkpointables:
+            self._refuse_to_start_again()
         extra = super().resume_or_load(path, resume=resume)
         # Weights convert between the engines, the state of an optimizer does not.
         if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
@@ -329,7 +337,18 @@ class CheckpointMixin(Checkpointer):
                 f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
                 f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
             )
+        if resumes and self.checkpointables:
+            for key, before, now in changed_keys(extra.get("config", ""), self.description.config):
+                self.logger.warning(f"--resume: {key} was {before}, and is {now} from here on")
         return extra
+
+    def _refuse_to_start_again(self) -> None:
+        found = sorted(name for name in os.listdir(self.save_dir) if name.endswith(".pth"))
+        if found:
+            raise ConfigError(
+                f"--resume: {self.save_dir} has checkpoints, the last is {found[-1]}, but no file last_checkpoint. It "
+                "names the one to continue from: write it again, or start a new run in another OUTPUT_DIR"
+            )
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
@@ -344,6 +363,9 @@ class CheckpointMixin(Checkpointer):
                 f"{UNDERSTOOD_FORMATS}"
             )
         refuse_partial_weights(model, self.model, file=filename)
+        for name in model.keys() & expected.keys():
+            if not model[name].isfinite().all():
+                raise ValueError(f"{filename}: expected finite weights, got NaN or infinity in {name}")
         return checkpoint
 
 

@@ -6,7 +6,7 @@ Keys that Detectron2 already has keep their name and meaning (``MODEL.RPN.IOU_TH
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,17 @@ def check_common_values(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
             "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
         )
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    check_values(
+        cfg,
+        {"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model")},
+        "of each element, of each parameter's norm, or of the norm of all parameters together",
+    )
+    if not clipping.CLIP_VALUE > 0 or not clipping.NORM_TYPE > 0:
+        raise ConfigError(
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE and NORM_TYPE: expected positive numbers, got "
+            f"{clipping.CLIP_VALUE} and {clipping.NORM_TYPE}"
+        )
     if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
         raise ConfigError(
             "MODEL.RPN.IOU_THRESHOLDS and MODEL.RPN.IOU_LABELS: expected [λ2, λ1] and [0, -1, 1], got "
@@ -204,3 +215,26 @@ def check_common_values(cfg: CfgNode) -> None:
     check_values(cfg, {"INPUT.FORMAT": ("RGB",)}, "images are read as torchvision's weights expect them")
     if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
+
+
+def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
+    """Keys of a training that two configs of :func:`dump_config` state differently, with both values.
+
+    Those of tests and the initial weights, which do not concern a training that continues, are left out.
+    """
+
+    def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in config.items():
+            if isinstance(value, Mapping):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    old, new = (dict(flatten(yaml.safe_load(text) or {})) for text in (before, now))
+    if not old or not new:
+        return []
+    keys = (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
+    ignored = ("TEST.", "DATASETS.TEST", "MODEL.WEIGHTS")
+    return [
+        (key, old.get(key, "the default"), new.get(key, "the default")) for key in keys if not key.startswith(ignored)
+    ]

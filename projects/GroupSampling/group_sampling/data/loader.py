@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,6 +180,7 @@ class TrainLoader(DataLoader):
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=_own_generator(),
+            worker_init_fn=_outlive_signals,
         )
         self.skipped_files: dict[str, str] = {}
         self.outside_boxes: dict[str, int] = {}
@@ -277,6 +279,15 @@ def build_test_loader(
         num_workers=num_workers,
         generator=_own_generator(),
     )
+
+
+def _outlive_signals(worker_id: int) -> None:
+    """Signals to the whole process group must not end a worker before the main process has ended its training step.
+
+    The main process ends its workers in its own way; one that it cannot reach ends a minute after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def filter_empty(records: Sequence[ImageRecord]) -> list[ImageRecord]:

@@ -93,6 +93,18 @@ def config_to_evaluate(args: argparse.Namespace) -> str:
     return saved_config(args.config_file, weights, needed_by="MODEL.WEIGHTS")
 
 
+def check_start(cfg: CfgNode, start_iter: int) -> None:
+    """
+    Raises:
+        ConfigError: the checkpoint to continue from is of a longer training.
+    """
+    if start_iter > cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"--resume: the checkpoint is of iteration {start_iter - 1}, expected one below SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}"
+        )
+
+
 def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
     """Replace ``SEED`` -1 by a number that all processes agree on, in place.
 

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from .. import stop
 from ..config import ConfigError
+from .output import own_output
 
 # Called as work(cfg, args, device), where ``device`` is that of the process. A function of a module, since other
 # processes import it by name.
@@ -36,16 +39,23 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
         What ``work`` returned in the first process of this machine.
 
     Raises:
-        ConfigError: the number of processes is not usable here.
+        SystemExit: SIGTERM (code 143) or SIGINT (130); all processes have ended, a training with a checkpoint.
+        ConfigError: the number of processes is not usable here, or ``OUTPUT_DIR`` is not.
         torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed; the others were ended.
     """
+    is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
+    with own_output(cfg.OUTPUT_DIR) if is_first else nullcontext():
+        return _launch(work, cfg, args)
+
+
+def _launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     device = torch.device(cfg.MODEL.DEVICE)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if args.num_gpus > 1:
             raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, omit the flag")
         return _work_in_group(work, cfg, args)
     if args.num_gpus * args.num_machines <= 1:
-        return work(cfg, args, device)
+        return _call(work, cfg, args, device)
     if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
     if args.num_machines > 1 and not args.dist_url.startswith("tcp://"):
@@ -102,6 +112,16 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
         torch.cuda.set_device(device)
     # gloo exchanges the Python objects, also where NCCL exchanges the gradients.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    result = work(cfg, args, device)
+    result = _call(work, cfg, args, device)
     dist.destroy_process_group()
     return result
+
+
+def _call(work: Work, cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> Any:
+    try:
+        with stop.handler.installed():
+            return work(cfg, args, device)
+    except stop.Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train_net.py: {stopped}", file=sys.stderr, flush=True)
+        raise

@@ -73,7 +73,8 @@ class MetricWriter:
         }
         eta = self._history["time"].median(_ETA_WINDOW) * (self._max_iter - iteration - 1)
         self.write(iteration, {**smooth, "lr": lr, "eta_seconds": eta})
-        losses = "  ".join(f"{name}: {value:.4g}" for name, value in smooth.items() if "loss" in name)
+        shown = [name for name in smooth if "loss" in name or name == "grad_norm"]
+        losses = "  ".join(f"{name}: {smooth[name]:.4g}" for name in shown)
         memory = f"  max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M" if torch.cuda.is_available() else ""
         logger.info(
             f"eta: {datetime.timedelta(seconds=int(eta))}  iter: {iteration}  {losses}  time: {smooth['time']:.4f}  "

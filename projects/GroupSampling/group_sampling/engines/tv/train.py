@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import clip_boxes_to_image
 
+from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...data.catalog import Catalog
 from ...data.loader import build_test_loader
@@ -37,12 +38,13 @@ from ..build import (
     build_test_transform,
     build_training_loader,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, is_due
+from ..step import FiniteLossGuard, GradientClipper, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model
@@ -112,6 +114,7 @@ def build_lr_schedule(cfg: CfgNode) -> ParamScheduler:
     )
 
 
+@stop.handler.deferred()
 def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool) -> dict[str, float]:
     """Train until ``SOLVER.MAX_ITER`` and evaluate.
 
@@ -124,6 +127,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     Raises:
         FloatingPointError: a loss is not finite; raised in every process, with no weight changed by it.
+        SystemExit: SIGTERM or SIGINT; a checkpoint has been written.
         ConfigError: the checkpoint to continue from is the other engine's.
     """
     optimizer = build_optimizer(cfg, model)
@@ -133,9 +137,10 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     catalog = Catalog(cfg.DATASETS)
     sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
     checkpointer.description = describe_training(cfg, get_cfg(), sources)
-    resume = resume and checkpointer.has_checkpoint()
     saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    resume = resume and checkpointer.has_checkpoint()
     start_iter = saved["iteration"] + 1 if resume else 0
+    check_start(cfg, start_iter)
     periodic_checkpointer = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
 
     model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count
@@ -150,7 +155,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
-    guard = FiniteLossGuard(optimizer)
+    guard, clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
@@ -163,13 +168,16 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = train_step(parallel, optimizer, guard, batch, device, iteration)
-        scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
+        norm = {"grad_norm": clipper.norm}
+        scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **model.sample_counts})
         times = {"time": time.perf_counter() - start, "data_time": data_time}
         if model.rpn.criterion.sampler.timer.seconds is not None:
             times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
         logged.append((iteration, times, lr))
 
-        if is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
+        is_last = iteration + 1 == max_iter
+        stops = guard.stop_signal and not is_last
+        if stops or is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
             guard.check()
         if is_due(iteration, max_iter):
             means = _mean_over_ranks(scalars)
@@ -179,9 +187,13 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
             logged.clear()
             scalars.clear()
         periodic_checkpointer.step(iteration)
-        is_last = iteration + 1 == max_iter
+        if stops:
+            stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
-            metrics = evaluate(cfg, model, device)
+            try:
+                metrics = evaluate(cfg, model, device)
+            except stop.Stopped as stopped:
+                stop.save_and_stop(checkpointer, iteration, stopped.number)
             if writer and metrics:
                 writer.write(iteration, metrics)
     if loader.summary():
@@ -218,6 +230,7 @@ def train_step(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+@stop.handler.at_once()
 def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool = False) -> dict[str, float]:
     """Detect on ``DATASETS.TEST``, each process on its share, and score on the main one.
 

@@ -18,7 +18,8 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .config import ConfigError, changed_keys
+from .errors import add_debug_flag, exit_on_error
 from .files import atomic_file, write_atomically
 
 # `torchvision://resnet50` are torchvision's ImageNet weights IMAGENET1K_V1: the recipe of the paper's time.
@@ -168,12 +169,12 @@ def refuse_partial_weights(
         return
     expected = {f"{prefix}{name}": tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith(prefix)}
-    wrong = {
+    differences = {
         "missing": expected.keys() - found.keys(),
         "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
         "unknown": found.keys() - expected.keys(),
     }
-    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in wrong.items()}
+    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in differences.items()}
     counts = [f"{len(names)} are {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
     if counts:
         raise ConfigError(
@@ -253,22 +254,28 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
     """
     if os.fspath(path).endswith((".pkl", ".pyth")):
         raise ValueError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
-    mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
+    is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
+    mmap = mmap and is_zip
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ValueError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
         ) from error
+    if is_zip and not mmap:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path}: the file is damaged: the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, Mapping):
-        found = type(checkpoint).__name__
-        raise ValueError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
+        kind = type(checkpoint).__name__
+        raise ValueError(f"{path}: expected a dict of parameters, got {kind}. {UNDERSTOOD_FORMATS}")
     key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
     weights = checkpoint if key is None else checkpoint[key]
     rest = {} if key is None else {name: value for name, value in checkpoint.items() if name != key}
     if not any(isinstance(value, Tensor) for value in weights.values()):
-        found = list(weights)[:5]
-        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
+        keys = list(weights)[:5]
+        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {keys}. {UNDERSTOOD_FORMATS}")
     weights = dict(weights)
     if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel or DataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -307,8 +314,8 @@ def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
     return config
 
 
-class CheckpointMixin:
-    """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
+class CheckpointMixin(Checkpointer):
+    """Mixed into fvcore's ``Checkpointer`` or a subclass of it; the class that does so sets ``naming``.
 
     Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
     refuses a file of which no parameter fits the model, or, if the model is in eval mode, not all of them. A training
@@ -318,7 +325,7 @@ class CheckpointMixin:
     naming: str
     description = Description()  # set by the training
 
-    def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
         if not self.save_dir or not self.save_to_disk:
             return
@@ -333,7 +340,7 @@ class CheckpointMixin:
             torch.save(data, file)
         self.tag_last_checkpoint(os.path.basename(path))
 
-    def tag_last_checkpoint(self: Checkpointer, last_filename_basename: str) -> None:
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, last_filename_basename.encode())
 
@@ -342,6 +349,8 @@ class CheckpointMixin:
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         resumes = resume and self.has_checkpoint()
+        if resume and not resumes and self.checkpointables:
+            self._refuse_to_start_again()
         extra = super().resume_or_load(path, resume=resume)
         # Weights convert between the engines, the state of an optimizer does not.
         if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
@@ -349,9 +358,20 @@ class CheckpointMixin:
                 f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
                 f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
             )
+        if resumes and self.checkpointables:
+            for key, before, now in changed_keys(extra.get("config", ""), self.description.config):
+                self.logger.warning(f"--resume: {key} was {before}, and is {now} from here on")
         return extra
 
-    def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
+    def _refuse_to_start_again(self) -> None:
+        found = sorted(name for name in os.listdir(self.save_dir) if name.endswith(".pth"))
+        if found:
+            raise ConfigError(
+                f"--resume: {self.save_dir} has checkpoints, the last is {found[-1]}, but no file last_checkpoint. It "
+                "names the one to continue from: write it again, or start a new run in another OUTPUT_DIR"
+            )
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
         model = checkpoint["model"]
         convert_in_place(model, self.naming, self.model)
@@ -364,6 +384,9 @@ class CheckpointMixin:
                 f"{UNDERSTOOD_FORMATS}"
             )
         refuse_partial_weights(model, self.model, file=filename)
+        for name in model.keys() & expected.keys():
+            if not model[name].isfinite().all():
+                raise ValueError(f"{filename}: expected finite weights, got NaN or infinity in {name}")
         return checkpoint
 
 
@@ -373,12 +396,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("source", metavar="SOURCE", help="checkpoint of either engine, or a torchvision ResNet")
     parser.add_argument("target", metavar="TARGET", help="file to write; optimizer state is not copied")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), required=True)
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
-    checkpoint = read_checkpoint(args.source)
-    converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
-    converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
-    with atomic_file(args.target) as file:
-        torch.save(converted, file)
+    with exit_on_error("group_sampling.checkpoint", args):
+        checkpoint = read_checkpoint(args.source)
+        converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
+        converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
+        with atomic_file(args.target) as file:
+            torch.save(converted, file)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     module = importlib.import_module(ENGINE_MODULES[engine])
-    cfg = module.load_config(args.config_file, [*opts, "MODEL.WEIGHTS", ""], saved=saved)
+    cfg = module.load_config(args.config_file, [*opts, "MODEL.WEIGHTS", "", "TEST.SUB_DETECTORS", "False"], saved=saved)
     benchmark = Benchmark(cfg, module.load_model(cfg, args.weights), module.to_inputs)
     records = []
     for size in args.sizes:

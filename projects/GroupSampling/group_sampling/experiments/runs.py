@@ -45,9 +45,12 @@ class Run:
     def samples_per_scale(self) -> dict[str, tuple[float, float]]:
         """Anchor scale -> mean number of positives and negatives per image, over the whole run."""
         keys = {key.split("@")[1] for row in self.metrics() for key in row if key.startswith("rpn/num_pos@")}
+
+        def mean(key: str) -> float:
+            return float(np.mean(self.series(key)[1]))
+
         return {
-            scale: tuple(float(np.mean(self.series(f"rpn/{kind}@{scale}")[1])) for kind in ("num_pos", "num_neg"))
-            for scale in sorted(keys, key=float)
+            scale: (mean(f"rpn/num_pos@{scale}"), mean(f"rpn/num_neg@{scale}")) for scale in sorted(keys, key=float)
         }
 
     def results(self, dataset: str) -> dict:

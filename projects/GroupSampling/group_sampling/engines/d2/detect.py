@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...detections import Detections
 from ..build import Detect
+from .rcnn import to_detections
 from .train import GroupSamplingCheckpointer, load_config
 
 __all__ = ["load_config", "load_detector", "load_model", "to_inputs"]
@@ -34,11 +35,6 @@ def load_detector(cfg, weights: str) -> Detect:
 
     def detect(images: list[np.ndarray]) -> list[Detections]:
         inputs = [{"image": torch.from_numpy(image).permute(2, 0, 1)} for image in images]
-        found = []
-        for output in model(inputs):
-            instances = output["instances"]
-            scales = instances.anchor_scales if instances.has("anchor_scales") else None
-            found.append(Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes, scales))
-        return found
+        return list(map(to_detections, model(inputs)))
 
     return detect

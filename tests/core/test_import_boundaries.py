@@ -19,7 +19,7 @@ LAYERS = (
     {"boxes", "anchors", "scales", "ops", "config"},
     {"losses", "head", "samplers", "criterion", "roi_sampling", "inference", "monitor"},
     {"data"},
-    {"pyramid", "evaluation", "checkpoint", "env", "faces"},
+    {"pyramid", "evaluation", "conversion", "checkpoint", "env", "faces"},
     {"engines"},
     {"detector"},
     {"experiments"},

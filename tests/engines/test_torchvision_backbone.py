@@ -136,7 +136,7 @@ def test_every_parameter_learns(name):
     train_step(model, [torch.rand(3, 60, 70) * 255], [{"boxes": torch.tensor([[10.0, 10.0, 28.0, 30.0]])}])
     model.eval()
     with torch.no_grad():
-        assert set(model([torch.rand(3, 60, 70) * 255])[0]) == {"boxes", "scores", "labels", "anchor_scales"}
+        assert {"boxes", "scores", "labels", "anchor_scales"} <= model([torch.rand(3, 60, 70) * 255])[0].keys()
 
 
 def test_draws_no_random_depth():

@@ -59,9 +59,11 @@ class GroupSamplingRCNN(GeneralizedRCNN):
     ) -> list[dict] | list[Instances]:
         """As ``GeneralizedRCNN.inference``; backbone and head run once for all sub-detectors.
 
-        Without ``do_postprocess``, or with ``detected_instances``, there are no sub-detectors.
+        Without ``do_postprocess``, with ``detected_instances``, or traced, there are no sub-detectors: Detectron2's
+        tracing takes no dict by scale.
         """
-        if not self.sub_detectors or detected_instances is not None or not do_postprocess:
+        plain = detected_instances is not None or not do_postprocess or torch.jit.is_tracing()
+        if not self.sub_detectors or plain:
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)

@@ -149,6 +149,12 @@ def _check_bases(file: str, chain: tuple[str, ...]) -> None:
         raise ConfigError(f"{where}: not plain YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: expected keys and values, got {content!r:.80}")
+    try:
+        odd = next(iter(_odd_keys(content)), None)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: expected values that end, got one that contains itself") from error
+    if odd is not None:
+        raise ConfigError(f"{where}: expected names as keys, got {odd!r}")
     bases = content.get(_BASE, [])
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and base for base in bases):
@@ -159,6 +165,14 @@ def _check_bases(file: str, chain: tuple[str, ...]) -> None:
         if any(os.path.realpath(path) == os.path.realpath(link) for link in chain):
             raise ConfigError(f"{where} -> {path}: expected a {_BASE} that ends, got a circle")
         _check_bases(path, (*chain, path))
+
+
+def _odd_keys(content: Any) -> Iterable[Any]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                yield key
+            yield from _odd_keys(value)
 
 
 def _check_members(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:

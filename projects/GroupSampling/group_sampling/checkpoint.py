@@ -18,8 +18,8 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
 from .config import ConfigError
-from .errors import add_debug_flag, exit_on_error
-from .files import atomic_file, write_atomically
+from .errors import UserError, add_debug_flag, describe, exit_on_error
+from .files import atomic_file, open_regular, write_atomically
 
 # torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
 # The eight hex digits are the start of the file's SHA-256, which torch.hub verifies.
@@ -214,6 +214,13 @@ class Description(NamedTuple):
     class_names: tuple[str, ...] = ()  # by class index
 
 
+_MAX_NAME_BYTES = 4096
+
+
+class CheckpointError(UserError, ValueError):
+    """A file of weights cannot be used; the message names it."""
+
+
 UNDERSTOOD_FORMATS = (
     "Understood are checkpoints of this project, of Detectron2 and of torchvision, written by torch.save: a dict of "
     'tensors by parameter name, alone or under "model" or "state_dict", with or without the prefix "module."'
@@ -230,26 +237,27 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
         "model", the tensors by parameter name, and what else the file holds.
 
     Raises:
-        ValueError: a pickle, damaged, or of a format that is not understood.
+        CheckpointError: a pickle, damaged, or of a format that is not understood.
     """
     if os.fspath(path).endswith((".pkl", ".pyth")):
-        raise ValueError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
+        raise CheckpointError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
     mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
         ) from error
     if not isinstance(checkpoint, Mapping):
         found = type(checkpoint).__name__
-        raise ValueError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
+        raise CheckpointError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
     key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
     weights = checkpoint if key is None else checkpoint[key]
     rest = {} if key is None else {name: value for name, value in checkpoint.items() if name != key}
-    if not any(isinstance(value, Tensor) for value in weights.values()):
+    names_are_text = all(isinstance(name, str) for name in (*weights, *rest))
+    if not names_are_text or not any(isinstance(value, Tensor) for value in weights.values()):
         found = list(weights)[:5]
-        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
+        raise CheckpointError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
     weights = dict(weights)
     if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel or DataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -260,10 +268,16 @@ def read_description(path: str | os.PathLike) -> Description:
     """What a checkpoint says of itself; empty for files of other projects and of older versions.
 
     Raises:
-        ConfigError, ValueError: as :func:`resolve_weights` and :func:`read_checkpoint`.
+        ConfigError, CheckpointError: as :func:`resolve_weights` and :func:`read_checkpoint`.
     """
     checkpoint = read_checkpoint(resolve_weights(os.fspath(path)), mmap=True)
-    return Description(checkpoint.get("config", ""), tuple(checkpoint.get("class_names", ())))
+    config, names = checkpoint.get("config", ""), checkpoint.get("class_names", [])
+    if not isinstance(config, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f'{path}: expected text as its "config" and a list of texts as its "class_names", got '
+            f"{type(config).__name__} and {names!r:.80}"
+        )
+    return Description(config, tuple(names))
 
 
 def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
@@ -298,6 +312,7 @@ class CheckpointMixin:
 
     naming: str
     description = Description()  # set by the training
+    _needs_state = False  # of the file: it continues a training
 
     def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
@@ -318,28 +333,63 @@ class CheckpointMixin:
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, last_filename_basename.encode())
 
+    def get_checkpoint_file(self: Checkpointer) -> str:
+        """The checkpoint that ``last_checkpoint`` names, to resume from.
+
+        Raises:
+            CheckpointError: it names no file of the folder.
+        """
+        pointer = os.path.join(self.save_dir, "last_checkpoint")
+        try:
+            with open_regular(pointer) as file:
+                name = file.read(_MAX_NAME_BYTES).decode().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"--resume: {pointer}: expected the name of a checkpoint: {describe(error)}"
+            ) from error
+        path = os.path.join(self.save_dir, name)
+        if os.path.basename(name) != name or not os.path.isfile(path):
+            raise CheckpointError(f"--resume: {pointer}: expected the name of a checkpoint beside it, got {name!r:.80}")
+        return path
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return super().load(resolve_weights(path) if path else path, *args, **kwargs)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         resumes = resume and self.has_checkpoint()
-        extra = super().resume_or_load(path, resume=resume)
-        # Weights convert between the engines, the state of an optimizer does not.
-        if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
-            raise ConfigError(
-                f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
-                f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
-            )
+        self._needs_state = resumes and bool(self.checkpointables)
+        try:
+            extra = super().resume_or_load(path, resume=resume)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of a state_dict that is none
+            if not self._needs_state or isinstance(error, UserError):
+                raise
+            file, reason = self.get_checkpoint_file(), f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"--resume: {file}: the state of its training cannot be used: {reason}") from error
         return extra
 
     def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
+        if self._needs_state:
+            # Weights convert between the engines, the state of an optimizer does not.
+            engine = checkpoint.get("engine", self.naming)
+            if engine != self.naming:
+                raise ConfigError(
+                    f"--resume: {filename} was written by the {engine} engine; resume with --engine {engine}, or start "
+                    "a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
+                )
+            absent = [key for key in ("iteration", *self.checkpointables) if key not in checkpoint]
+            if absent or type(checkpoint["iteration"]) is not int:
+                found = f"got no {absent[0]!r}" if absent else f"got the iteration {checkpoint['iteration']!r}"
+                raise CheckpointError(
+                    f"--resume: {filename}: expected the state of a training, {found}; start a new run from these "
+                    "weights with MODEL.WEIGHTS and another OUTPUT_DIR"
+                )
         model = checkpoint["model"]
         convert_in_place(model, self.naming, self.model)
         expected = self.model.state_dict()
         if not model.keys() & expected.keys():
             missing = [name for name in expected if not _OPTIONAL.search(name)]
-            raise ValueError(
+            raise CheckpointError(
                 f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
                 f"to this model, which lacks all of its {len(missing)} ({', '.join(missing[:3])}, ...). "
                 f"{UNDERSTOOD_FORMATS}"

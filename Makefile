@@ -6,6 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROJECT := projects/GroupSampling
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+# A process for each core, with one thread each; tests of threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 PYTEST_ARGS ?=
 
 .PHONY: env demo test test-slow sanitize bench lint format clean
@@ -41,10 +43,10 @@ demo: env
 	$(PY) $(PROJECT)/tools/demo.py
 
 test: env
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: env
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 sanitize: env  # the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PY) -m pytest -m slow tests/ops/test_op_builds.py -k sanitizers
@@ -56,6 +58,7 @@ bench: env
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 format: env

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,14 +43,19 @@ def test_what_a_user_can_cause_is_one_line(error, message):
     assert run(error) == (1, f"tool.py: error: {message}")
 
 
-def test_another_exit_code_and_ctrl_c(capsys):
+def test_another_exit_code_and_signals(capsys):
     assert run(UserError("no"), code=2) == (2, "")
-    assert run(KeyboardInterrupt(), interrupted="interrupted; again") == (130, "")
-    assert capsys.readouterr().err == "tool.py: error: no\ntool.py: interrupted; again\n"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        args = argparse.Namespace(debug=False)
+        with pytest.raises(SystemExit) as caught, exit_on_error("tool.py", args, after_stop="again"):
+            os.kill(os.getpid(), number)
+        assert caught.value.code == 128 + number
+    said = ["tool.py: error: no", "tool.py: stopped by SIGINT; again", "tool.py: stopped by SIGTERM; again"]
+    assert capsys.readouterr().err.splitlines() == said
 
 
 def test_debug_lets_the_error_pass():
-    for error in (UserError("no"), KeyError("x"), KeyboardInterrupt()):
+    for error in (UserError("no"), KeyError("x")):
         with pytest.raises(type(error)), exit_on_error("tool.py", argparse.Namespace(debug=True)):
             raise error
 

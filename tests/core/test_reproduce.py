@@ -90,7 +90,8 @@ def test_rows_are_run_once_and_reported(tmp_path, stand_in, capsys):
     assert f"| uniform | `fpn_finest` | 94.1 / not run | 93.0 / not run | 86.6 / not run | {uniform}" in report
     assert f"| group | `fpn_finest_sampling` | 94.7 / not run | 93.8 / not run | 88.7 / not run | {group}" in report
     (claim,) = re.findall(r"\| 1\.10 \|.*", report)
-    assert "fpn_finest_sampling − fpn_finest, all | +2.6 | +10.0 ± 0.0 (3 seeds) | agrees (without" in claim
+    assert "fpn_finest_sampling − fpn_finest, @16 | +8.5 | +5.0 ± 0.0 (3 seeds) | agrees (without" in claim
+    assert "@16" not in claim.split("(without")[1]
 
     content = json.loads((tmp_path / "out/tiny/report.json").read_text())
     verdicts = {claim["id"]: claim["verdict"] for claim in content["claims"]}

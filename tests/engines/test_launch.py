@@ -17,7 +17,9 @@ from fvcore.common.config import CfgNode
 from group_sampling import distributed
 from group_sampling.engines.launch import launch
 
-CPU = CfgNode({"MODEL": {"DEVICE": "cpu"}})
+
+def make_cfg(folder):
+    return CfgNode({"MODEL": {"DEVICE": "cpu"}, "OUTPUT_DIR": str(folder)})
 
 
 def make_args(**values):
@@ -68,21 +70,21 @@ def assert_all_end(folder, seconds=20):
     return pids
 
 
-def test_one_process_needs_no_group():
+def test_one_process_needs_no_group(tmp_path):
     expected = {"rank": 0, "sum": 1, "all": [0], "main": [0], "from main": "rank 0", "device": "cpu"}
-    assert launch(exchange, CPU, make_args(num_gpus=1)) == expected
+    assert launch(exchange, make_cfg(tmp_path), make_args(num_gpus=1)) == expected
 
 
-def test_two_processes_return_the_main_ones_result():
+def test_two_processes_return_the_main_ones_result(tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     expected = {"rank": 0, "sum": 2, "all": [0, 1], "main": [0, 10], "from main": "rank 0", "device": "cpu"}
-    assert launch(exchange, CPU, make_args()) == expected
+    assert launch(exchange, make_cfg(tmp_path), make_args()) == expected
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_failure_ends_all_processes(tmp_path):
     with pytest.raises(RuntimeError, match="^rank 1: RuntimeError: no luck on rank 1") as caught:
-        launch(fail_on_rank_1, CPU, make_args(folder=str(tmp_path)))
+        launch(fail_on_rank_1, make_cfg(tmp_path), make_args(folder=str(tmp_path)))
     assert "in fail_on_rank_1" in str(caught.value.__cause__)  # the traceback is there for --debug
     assert len(assert_all_end(tmp_path)) == 2
 
@@ -99,7 +101,7 @@ if __name__ == "__main__":
         dist_url=dist_url,
         folder=folder,
     )
-    print(test_launch.launch(getattr(test_launch, work), test_launch.CPU, args), flush=True)
+    print(test_launch.launch(getattr(test_launch, work), test_launch.make_cfg(folder), args), flush=True)
 """
 
 

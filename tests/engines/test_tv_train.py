@@ -78,8 +78,11 @@ def test_metrics_have_detectron2s_names(trained):
     assert [line["iteration"] for line in lines] == [19, 19, 39, 39]
     losses, counts = lines[0], {f"rpn/{kind}@{scale}" for kind in ("num_pos", "num_neg") for scale in SCALES}
     names = {"iteration", "total_loss", "loss_rpn_cls", "loss_rpn_loc", "lr", "time", "data_time", "time_assign"}
-    names.add("eta_seconds")
-    assert losses.keys() == names | counts
+    names |= {"eta_seconds", "grad_norm"}
+    per_scale = {f"health/{kind}@{scale}" for kind in ("logit_std", "score_pos", "score_neg") for scale in SCALES}
+    assert losses.keys() <= names | counts | per_scale | {"health/units", "health/grad_norm_max"}
+    assert losses.keys() >= names | counts | {f"health/logit_std@{scale}" for scale in SCALES}
+    assert 0.5 < losses["health/units"] <= 1 and losses["health/grad_norm_max"] >= losses["grad_norm"] > 0
     assert losses["lr"] == pytest.approx(0.01) and losses["eta_seconds"] > 0
     assert all(losses[f"rpn/num_pos@{s}"] + losses[f"rpn/num_neg@{s}"] == pytest.approx(32) for s in SCALES)
     assert lines[1].keys() - {"iteration"} <= AP_KEYS
@@ -96,6 +99,7 @@ def test_files_of_a_run(trained):
     assert any(name.startswith("events.out.tfevents") for name in names)
     log = (folder / "log.txt").read_text()
     assert "eta: 0:00:00  iter: 39  total_loss: " in log and "Saving checkpoint" in log
+    assert log.count("health: units: ") == 2 and "may look fine" not in log
     inference = folder / "inference/synthetic_faces_val"
     assert len(list(inference.glob("predictions/*/*.txt"))) == 3
     assert (inference / "results.json").exists() and (inference / "pr_curves.png").exists()

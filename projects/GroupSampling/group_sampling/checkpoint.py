@@ -1,4 +1,4 @@
-"""Checkpoints that either engine reads, written atomically.
+"""Files of weights that either engine reads.
 
 Both engines have the same parameters under different names. A checkpoint of one engine, of the other, or a plain
 torchvision ResNet is recognized by its names and converted while it is loaded, or by
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
 from .config import ConfigError
-from .errors import UserError, add_debug_flag, describe, exit_on_error
-from .files import atomic_file, open_regular, write_atomically
+from .errors import UserError, add_debug_flag, exit_on_error
+from .files import atomic_file, open_regular
 
 # torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
 # The eight hex digits are the start of the file's SHA-256, which torch.hub verifies.
@@ -134,6 +133,11 @@ def _reorder_box_predictor(state_dict: dict[str, Tensor], naming: str) -> None:
 _OPTIONAL = re.compile(r"num_batches_tracked$|_extra_state$|pixel_(mean|std)$|\.cell_anchors\.")
 
 
+def is_optional(name: str) -> bool:
+    """Whether a detector does without this entry of its state."""
+    return bool(_OPTIONAL.search(name))
+
+
 def convert_in_place(state_dict: dict[str, Tensor], naming: str, model: nn.Module) -> None:
     """:func:`convert_names` for ``model``, whose names are those of ``naming``."""
     has_fpn = any(name.startswith(_FPN_NAMES) for name in model.state_dict())
@@ -158,13 +162,13 @@ def refuse_partial_weights(
     if model.training:
         return
     expected = {f"{prefix}{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith(prefix)}
-    wrong = {
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items() if name.startswith(prefix)}
+    differences = {
         "missing": expected.keys() - found.keys(),
         "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
         "unknown": found.keys() - expected.keys(),
     }
-    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in wrong.items()}
+    wrong = {what: sorted(name for name in names if not is_optional(name)) for what, names in differences.items()}
     counts = [f"{len(names)} are {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
     if counts:
         raise ConfigError(
@@ -214,9 +218,6 @@ class Description(NamedTuple):
     class_names: tuple[str, ...] = ()  # by class index
 
 
-_MAX_NAME_BYTES = 4096
-
-
 class CheckpointError(UserError, ValueError):
     """A file of weights cannot be used; the message names it."""
 
@@ -240,24 +241,42 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
         CheckpointError: a pickle, damaged, or of a format that is not understood.
     """
     if os.fspath(path).endswith((".pkl", ".pyth")):
-        raise CheckpointError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
-    mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
+        raise CheckpointError(
+            f"{path}: pickled weights can run code and are not loaded. Where you trust the file, convert it: python -c "
+            f"\"import pickle, torch; w = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
+            f"torch.save({{k: torch.as_tensor(v) for k, v in w.get('model', w).items()}}, 'weights.pth')\""
+        )
+    with open_regular(path):  # torch would wait for a FIFO
+        pass
+    is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
+    mmap = mmap and is_zip
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise CheckpointError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
         ) from error
+    if is_zip and not mmap:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: the file is damaged: the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, Mapping):
-        found = type(checkpoint).__name__
-        raise CheckpointError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
+        kind = type(checkpoint).__name__
+        raise CheckpointError(f"{path}: expected a dict of parameters, got {kind}. {UNDERSTOOD_FORMATS}")
     key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
     weights = checkpoint if key is None else checkpoint[key]
     rest = {} if key is None else {name: value for name, value in checkpoint.items() if name != key}
     names_are_text = all(isinstance(name, str) for name in (*weights, *rest))
     if not names_are_text or not any(isinstance(value, Tensor) for value in weights.values()):
-        found = list(weights)[:5]
-        raise CheckpointError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
+        keys = list(weights)[:5]
+        raise CheckpointError(f"{path}: expected tensors by parameter name, got the keys {keys}. {UNDERSTOOD_FORMATS}")
+    config, names = rest.get("config", ""), rest.get("class_names", [])
+    if not isinstance(config, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f'{path}: expected text as its "config" and a list of texts as its "class_names", got '
+            f"{type(config).__name__} and {names!r:.80}"
+        )
     weights = dict(weights)
     if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel or DataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -271,13 +290,7 @@ def read_description(path: str | os.PathLike) -> Description:
         ConfigError, CheckpointError: as :func:`resolve_weights` and :func:`read_checkpoint`.
     """
     checkpoint = read_checkpoint(resolve_weights(os.fspath(path)), mmap=True)
-    config, names = checkpoint.get("config", ""), checkpoint.get("class_names", [])
-    if not isinstance(config, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(
-            f'{path}: expected text as its "config" and a list of texts as its "class_names", got '
-            f"{type(config).__name__} and {names!r:.80}"
-        )
-    return Description(config, tuple(names))
+    return Description(checkpoint.get("config", ""), tuple(checkpoint.get("class_names", ())))
 
 
 def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
@@ -300,102 +313,6 @@ def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
             "describe themselves; give the config with --config-file FILE"
         )
     return config
-
-
-class CheckpointMixin:
-    """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
-
-    Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
-    refuses a file of which no parameter fits the model, or, if the model is in eval mode, not all of them. A training
-    can only be resumed by the engine that wrote it.
-    """
-
-    naming: str
-    description = Description()  # set by the training
-    _needs_state = False  # of the file: it continues a training
-
-    def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
-        """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
-        if not self.save_dir or not self.save_to_disk:
-            return
-        data = {"model": self.model.state_dict(), "engine": self.naming}
-        if self.description.config:
-            data.update(config=self.description.config, class_names=list(self.description.class_names))
-        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
-        data.update(kwargs)
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        self.logger.info(f"Saving checkpoint to {path}")
-        with atomic_file(path, durable=True) as file:
-            torch.save(data, file)
-        self.tag_last_checkpoint(os.path.basename(path))
-
-    def tag_last_checkpoint(self: Checkpointer, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, last_filename_basename.encode())
-
-    def get_checkpoint_file(self: Checkpointer) -> str:
-        """The checkpoint that ``last_checkpoint`` names, to resume from.
-
-        Raises:
-            CheckpointError: it names no file of the folder.
-        """
-        pointer = os.path.join(self.save_dir, "last_checkpoint")
-        try:
-            with open_regular(pointer) as file:
-                name = file.read(_MAX_NAME_BYTES).decode().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"--resume: {pointer}: expected the name of a checkpoint: {describe(error)}"
-            ) from error
-        path = os.path.join(self.save_dir, name)
-        if os.path.basename(name) != name or not os.path.isfile(path):
-            raise CheckpointError(f"--resume: {pointer}: expected the name of a checkpoint beside it, got {name!r:.80}")
-        return path
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return super().load(resolve_weights(path) if path else path, *args, **kwargs)
-
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        resumes = resume and self.has_checkpoint()
-        self._needs_state = resumes and bool(self.checkpointables)
-        try:
-            extra = super().resume_or_load(path, resume=resume)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of a state_dict that is none
-            if not self._needs_state or isinstance(error, UserError):
-                raise
-            file, reason = self.get_checkpoint_file(), f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"--resume: {file}: the state of its training cannot be used: {reason}") from error
-        return extra
-
-    def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(filename)
-        if self._needs_state:
-            # Weights convert between the engines, the state of an optimizer does not.
-            engine = checkpoint.get("engine", self.naming)
-            if engine != self.naming:
-                raise ConfigError(
-                    f"--resume: {filename} was written by the {engine} engine; resume with --engine {engine}, or start "
-                    "a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
-                )
-            absent = [key for key in ("iteration", *self.checkpointables) if key not in checkpoint]
-            if absent or type(checkpoint["iteration"]) is not int:
-                found = f"got no {absent[0]!r}" if absent else f"got the iteration {checkpoint['iteration']!r}"
-                raise CheckpointError(
-                    f"--resume: {filename}: expected the state of a training, {found}; start a new run from these "
-                    "weights with MODEL.WEIGHTS and another OUTPUT_DIR"
-                )
-        model = checkpoint["model"]
-        convert_in_place(model, self.naming, self.model)
-        expected = self.model.state_dict()
-        if not model.keys() & expected.keys():
-            missing = [name for name in expected if not _OPTIONAL.search(name)]
-            raise CheckpointError(
-                f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
-                f"to this model, which lacks all of its {len(missing)} ({', '.join(missing[:3])}, ...). "
-                f"{UNDERSTOOD_FORMATS}"
-            )
-        refuse_partial_weights(model, self.model, file=filename)
-        return checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """What a user can cause and mend: one message on the last line of every command, in place of a traceback.
 
-Exit codes: 0, done; 1, an error, which the last line of stderr tells; 2, the command line is wrong (argparse's); 130,
-interrupted. A command with others says so in its help.
+Exit codes: 0, done; 1, an error, which the last line of stderr tells; 2, the command line is wrong (argparse's); 130
+and 143, stopped by SIGINT (Ctrl-C) and SIGTERM. A command with others says so in its help.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from . import stop
 
 # Of a DataLoader's worker: its error again, with the traceback in the message.
 _OF_WORKER = re.compile(r"^Caught \w+ in .*\nOriginal Traceback.*^[\w.]+: (.*)", re.DOTALL | re.MULTILINE)
@@ -57,9 +59,7 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def exit_on_error(
-    program: str, args: argparse.Namespace, *, code: int = 1, interrupted: str = "interrupted"
-) -> Iterator[None]:
+def exit_on_error(program: str, args: argparse.Namespace, *, code: int = 1, after_stop: str = "") -> Iterator[None]:
     """End the process with one message on the last line of stderr when the block raises.
 
     Of an error that is a fault of the program, a file keeps the traceback.
@@ -68,15 +68,15 @@ def exit_on_error(
         program: name of the command.
         args: with ``debug``: then the error passes.
         code: exit code after an error.
-        interrupted: the message after Ctrl-C.
+        after_stop: what the user can do after SIGINT or SIGTERM, unless the block knows better.
     """
     try:
-        yield
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print(f"{program}: {interrupted}", file=sys.stderr)
-        sys.exit(130)
+        with stop.handler.installed():
+            yield
+    except stop.Stopped as stopped:
+        stopped.note = stopped.note or after_stop
+        print(f"{program}: {stopped}", file=sys.stderr)
+        raise
     except Exception as error:
         if args.debug:
             raise

@@ -72,9 +72,13 @@ class Faces:
 
     def select(self, index: Any) -> "Faces":
         """The rows of ``index``: indices (n,) in their order, a mask (k,), or a slice."""
-        names = ("boxes", "scores", "classes", "anchor_scales")
-        columns = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if value is None else value[index] for name, value in columns.items()})
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            scores=self.scores[index],
+            classes=self.classes[index],
+            anchor_scales=None if self.anchor_scales is None else self.anchor_scales[index],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: ``{"height": ..., "width": ..., "faces": [{"box": [x1, y1, x2, y2], "score": ...}, ...]}``.
@@ -119,7 +123,7 @@ class Faces:
         for width in sorted(set(widths.tolist()), reverse=True):  # small faces above large ones
             rows = np.flatnonzero(widths == width)
             is_labeled = (len(self) <= _MAX_LABELED) & (sides[rows] >= _MIN_LABELED_SIDE * font_size)
-            colors = [self._color(row) for row in rows]
+            colors = [self._color(row) for row in rows.tolist()]
             canvas = draw_bounding_boxes(
                 canvas,
                 torch.from_numpy(self.boxes[rows]),

@@ -24,6 +24,8 @@ from group_sampling.evaluation.results import UnitCheck
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 from group_sampling.files import atomic_file
 
+_SIZES = (16, 32, 64, 128)
+
 
 def load(predictions: Path, evaluator: WiderFaceAP) -> WiderFaceAP:
     """Feed a result set to the evaluator, file by file. Raises ValueError or OSError for what is not as documented."""
@@ -61,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--per-scale",
         action="store_true",
-        help="AP by size of the face as well, near 16, 32, 64 and 128 pixels; not the paper's AP@scale, since result "
-        "files do not tell the anchor",
+        help="AP by size of the face as well, near 16, 32, 64 and 128 pixels; not the paper's AP@16 ... AP@128, which "
+        "are All of the result sets predictions@16 ... predictions@128 that an evaluation writes",
     )
     parser.add_argument("--plot", type=Path, help="write the precision-recall curves to this image (.png, .pdf, .svg)")
     parser.add_argument(
@@ -91,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # first, so that a wrong folder is reported at once
         results, contents = {}, {}
         for name, path in detectors.items():
-            evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, by_size=args.per_scale))
+            sizes = _SIZES if args.per_scale else ()
+            evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, sizes=sizes))
             results[name] = result = evaluator.compute()
             contents[name] = result.to_dict()
             print((f"{name}\n" if len(detectors) > 1 else "") + result.table())

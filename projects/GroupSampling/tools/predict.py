@@ -81,7 +81,8 @@ class State:
                     entry = json.loads(line)
                 except ValueError:
                     continue  # the last line of a run that was killed
-                if entry["settings"] == settings:
+                keys = {"settings", "path", "name", "stamp"}
+                if isinstance(entry, dict) and keys <= entry.keys() and entry["settings"] == settings:
                     self.done[entry["path"]] = entry
         self._settings = settings
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,8 +321,7 @@ def predict(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    continues = "interrupted; the same command continues"
-    with exit_on_error("predict.py", args, code=EXIT_FAILED, interrupted=continues):
+    with exit_on_error("predict.py", args, code=EXIT_FAILED, after_stop="the same command continues"):
         code = predict(args)
     sys.exit(code)
 

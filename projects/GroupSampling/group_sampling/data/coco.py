@@ -122,7 +122,8 @@ def format_annotations(
     category_ids = list(categories)
     keep_ids = all(record.image_id.isdecimal() for record in records)
     keep_ids = keep_ids and len({int(record.image_id) for record in records}) == len(records)  # not "1" and "01"
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, record in enumerate(records, 1):
         image_id = int(record.image_id) if keep_ids else number
         path = PurePath(os.path.relpath(record.file_name, image_root)).as_posix()
@@ -236,8 +237,8 @@ def _row(
     bbox = annotation.get("bbox") or _bbox_of_polygons(annotation, place, report)
     if bbox is None:
         bbox = _get(annotation, "bbox", list, place)
-    numbers = [_to_float(value) for value in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]
-    if None in numbers:
+    numbers = _to_floats(bbox) if isinstance(bbox, list) and len(bbox) == 4 else None
+    if numbers is None:
         raise AnnotationError(f"{place}: expected 'bbox' as 4 numbers [x, y, width, height], got {_describe(bbox)}")
     x, y, width, height = numbers
     area = annotation.get("area")
@@ -254,8 +255,9 @@ def _bbox_of_polygons(annotation: dict[str, Any], place: str, report: DataReport
     if not isinstance(polygons, list) or not polygons:
         return None
     points = [polygons] if not isinstance(polygons[0], list) else polygons
-    numbers = [[_to_float(value) for value in polygon] for polygon in points if isinstance(polygon, list)]
-    if len(numbers) < len(points) or any(None in row or len(row) % 2 or len(row) < 6 for row in numbers):
+    rows = [_to_floats(polygon) if isinstance(polygon, list) else None for polygon in points]
+    numbers = [row for row in rows if row is not None and len(row) % 2 == 0 and len(row) >= 6]
+    if len(numbers) < len(points):
         raise AnnotationError(
             f"{place}: expected 'bbox', or polygons [x1, y1, x2, y2, x3, y3, ...] in 'segmentation', got "
             f"{_describe(polygons)}"
@@ -276,6 +278,12 @@ def _number(value: Any) -> float | None:
     """A finite number, also one that is written as text; else None."""
     number = _to_float(value)
     return number if number is not None and math.isfinite(number) else None
+
+
+def _to_floats(values: list[Any]) -> list[float] | None:
+    """Numbers as :func:`_to_float` reads them; None if one is none."""
+    numbers = [number for number in map(_to_float, values) if number is not None]
+    return numbers if len(numbers) == len(values) else None
 
 
 def _to_float(value: Any) -> float | None:

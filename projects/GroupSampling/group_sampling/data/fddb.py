@@ -188,7 +188,7 @@ def check_rows(block: Block, bad: NDArray[np.bool_], expected: str) -> None:
 def _read_fold(file: Path) -> list[Block]:
     blocks = list(read_blocks(file, _ELLIPSE_ROW))
     for block in blocks:
-        bad = (block.rows[:, :2] <= 0).any(axis=1) | (np.abs(block.rows) > MAX_COORDINATE).any(axis=1)
+        bad = np.any(block.rows[:, :2] <= 0, axis=1) | np.any(np.abs(block.rows) > MAX_COORDINATE, axis=1)
         check_rows(block, bad, f"axes above 0 and numbers up to {MAX_COORDINATE:g}")
     image_list = file.with_name(file.name.replace("-ellipseList", ""))
     if not image_list.is_file():

@@ -53,7 +53,8 @@ def read_yolo(
     if not folder.is_dir():
         raise AnnotationError(f"{folder}: expected the folder of the YOLO label files, got no such folder")
     waiting = {file for file in folder.rglob("*.txt") if file.name not in _NO_LABELS}
-    records, taken = [], {}
+    records = []
+    taken: dict[Path, str] = {}
     for path in _find_images(images):
         file = folder / Path(path).with_suffix(".txt")
         if taken.setdefault(file, path) != path:
@@ -84,6 +85,7 @@ def read_yolo_names(file: PathLike) -> dict[int, str]:
         OSError: it cannot be opened.
     """
     text = _read_text(file)
+    found: object
     if Path(file).suffix.lower() not in (".yaml", ".yml"):
         found = [line.strip() for line in text.splitlines() if line.strip()]
     else:
@@ -311,8 +313,8 @@ def _floats(place: str, line: str, expectation: str, counts: tuple[int, ...]) ->
 def _number(entry: ElementTree.Element, path: str, place: str) -> float:
     text = entry.findtext(path)
     try:
-        return float(text)
-    except (TypeError, ValueError):
+        return float(text or "")
+    except ValueError:
         raise AnnotationError(f"{place}: expected a number in <{path}>, got {text!r}") from None
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,7 +128,10 @@ class TrainingStream(IterableDataset):
     def batch(self, index: int) -> Batch:
         """Make batch ``index`` of this rank."""
         first_draw = (index * self.world_size + self.rank) * self.images_per_batch
-        examples, skipped, outside, exchanged = [], [], {}, []
+        examples: list[Any] = []
+        skipped: list[SkippedImage] = []
+        outside: dict[str, int] = {}
+        exchanged: list[Any] = []
         for draw in range(first_draw, first_draw + self.images_per_batch):
             record, image = self._read(draw, skipped)
             rng = np.random.default_rng([self.seed, _AUGMENTATION, draw])
@@ -149,7 +153,7 @@ class TrainingStream(IterableDataset):
         epoch, position = divmod(draw, len(self.records))
         index = _epoch_order(self.seed, epoch, len(self.records))[position]
         replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])
-        errors = []
+        errors: list[SkippedImage] = []
         while len(errors) < _MAX_ATTEMPTS:
             record = self.records[index]
             try:
@@ -179,6 +183,8 @@ class TrainLoader(DataLoader):
         num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
     """
 
+    dataset: TrainingStream
+
     def __init__(self, stream: TrainingStream, num_workers: int, pin_memory: bool = False) -> None:
         super().__init__(
             stream,
@@ -187,6 +193,7 @@ class TrainLoader(DataLoader):
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=_own_generator(),
+            worker_init_fn=_outlive_signals,
         )
         self.skipped_files: dict[str, str] = {}
         self.outside_boxes: dict[str, int] = {}
@@ -194,7 +201,8 @@ class TrainLoader(DataLoader):
         self.num_draws = 0
         self.num_skipped = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    # torch's stub promises its own class of iterators.
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             self.num_draws += len(batch) + len(batch.skipped)
             self.num_skipped += len(batch.skipped)
@@ -303,6 +311,15 @@ def build_test_loader(
         num_workers=num_workers,
         generator=_own_generator(),
     )
+
+
+def _outlive_signals(worker_id: int) -> None:
+    """Signals to the whole process group must not end a worker before the main process has ended its training step.
+
+    The main process ends its workers in its own way; one that it cannot reach ends a minute after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def filter_empty(records: Sequence[ImageRecord]) -> list[ImageRecord]:

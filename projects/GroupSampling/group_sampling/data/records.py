@@ -13,6 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import UserError
 from ..files import safe_relative_path
@@ -133,11 +134,12 @@ class DataReport:
 
 
 def usable_boxes(
-    xywh: Sequence[Sequence[float]], size: tuple[int, int] | None, places: Sequence[str], report: DataReport
+    xywh: ArrayLike, size: tuple[int, int] | None, places: Sequence[str], report: DataReport
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn the annotated (x, y, width, height) of one image into the XYXY boxes that a face can be learned from.
 
     Args:
+        xywh: (m, 4).
         size: (height, width) of the image. With it, boxes are clipped to the image, and dropped when nothing is left.
         places: where each box was found, for the report.
 
@@ -150,7 +152,7 @@ def usable_boxes(
         corners[:, 2:] += corners[:, :2]
         # Judged in float32, since that is what the record holds: 1e39 becomes inf there, and 1e9 + 1 becomes 1e9.
         boxes = corners.astype(np.float32)
-    clipped = boxes if size is None else boxes.clip(0, np.float32([size[1], size[0], size[1], size[0]]))
+    clipped = boxes if size is None else boxes.clip(0, np.array([size[1], size[0]] * 2, dtype=np.float32))
     findings = (  # the first that holds is the one reported
         (NON_FINITE, ~np.isfinite(boxes).all(axis=1)),
         (INVERTED, inverted),
@@ -163,7 +165,7 @@ def usable_boxes(
     report.num_tiny += int(((sides > 0) & (sides < _TINY)).all(axis=1).sum())
     dropped = np.zeros(len(boxes), dtype=bool)
     for kind, found in findings:
-        for index in np.flatnonzero(found & ~dropped):
+        for index in np.flatnonzero(found & ~dropped).tolist():
             report.note(kind, places[index])
         if kind in _DROPPED:
             dropped |= found

@@ -203,7 +203,8 @@ def _own_blocks(lines: "_Lines") -> Iterator[Block]:
 def _record(root: ImageRoot, block: Block, boxes: np.ndarray, ignore: np.ndarray) -> ImageRecord:
     file_name, path = root.join(block.path, block.place), str(root.relative(block.path, block.place))
     classes = np.zeros(len(boxes), dtype=np.int64)
-    return ImageRecord(file_name, image_id(path), *(block.size or (None, None)), boxes, classes, ignore)
+    height, width = block.size or (None, None)
+    return ImageRecord(file_name, image_id(path), height, width, boxes, classes, ignore)
 
 
 class _Lines:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from .. import stop
 from ..config import ConfigError
 from ..errors import UserError, describe, is_expected
+from .output import own_output
 
 # Called as work(cfg, args, device), where ``device`` is that of the process. A function of a module, since other
 # processes import it by name.
@@ -43,17 +45,25 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
         What ``work`` returned in the first process of this machine.
 
     Raises:
-        ConfigError: the number of processes is not usable here.
+        SystemExit: SIGTERM (code 143) or SIGINT (130); all processes have ended, a training with a checkpoint.
+        ConfigError: the number of processes is not usable here, or ``OUTPUT_DIR`` is not.
         UserError: a process failed for a reason that the user can mend; the others were ended.
         RuntimeError: a process failed for another reason.
     """
+    is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
+    with own_output(cfg.OUTPUT_DIR) if is_first else nullcontext():
+        return _launch(work, cfg, args)
+
+
+def _launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     device = torch.device(cfg.MODEL.DEVICE)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if args.num_gpus > 1:
             raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, omit the flag")
         return _work_in_group(work, cfg, args)
     if args.num_gpus * args.num_machines <= 1:
-        return work(cfg, args, device)
+        with stop.handler.installed():
+            return work(cfg, args, device)
     if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
     if args.num_machines > 1 and not args.dist_url.startswith("tcp://"):
@@ -149,7 +159,12 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     # gloo exchanges the Python objects, also where NCCL exchanges the gradients.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        result = work(cfg, args, device)
+        with stop.handler.installed():
+            result = work(cfg, args, device)
+    except stop.Stopped as stopped:
+        if dist.get_rank() == 0:
+            print(f"train_net.py: {stopped}", file=sys.stderr, flush=True)
+        raise
     except Exception as error:
         if is_expected(error):
             raise UserError(describe(error)) from error

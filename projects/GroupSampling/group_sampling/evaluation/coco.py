@@ -194,14 +194,14 @@ class CocoAP:
             return float(defined.mean()) if defined.size else math.nan
 
         at = {round(threshold, 2): index for index, threshold in enumerate(params.iouThrs.tolist())}
-        area = {label: index for index, label in enumerate(params.areaRngLbl)}
-        of_all = precision[..., area[_ALL_AREAS]]  # (thresholds, recalls, classes)
+        column = {label: index for index, label in enumerate(params.areaRngLbl)}
+        of_all = precision[..., column[_ALL_AREAS]]  # (thresholds, recalls, classes)
         stats = {
             "AP": average(of_all),
             "AP50": average(of_all[at[0.5]]),
             "AP75": average(of_all[at[0.75]]),
-            **{f"AP{label[0]}": average(precision[..., area[label]]) for label in ("small", "medium", "large")},
-            "AR": average(recall[..., area[_ALL_AREAS]]),
+            **{f"AP{label[0]}": average(precision[..., column[label]]) for label in ("small", "medium", "large")},
+            "AR": average(recall[..., column[_ALL_AREAS]]),
         }
         num_of = Counter(self._class_names)
         class_ap = {}

@@ -38,8 +38,8 @@ def read_mat5(path: str | os.PathLike, names: Collection[str]) -> dict[str, MatV
     Raises:
         ValueError: no MATLAB file of these versions, damaged, or a variable is neither cells, text nor real numbers.
     """
-    with open_regular(path) as file:
-        content = memoryview(file.read())
+    with open_regular(path) as source:
+        content = memoryview(source.read())
     try:
         order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
         if order is None or struct.unpack(order + "H", content[124:126]) != (0x0100,):

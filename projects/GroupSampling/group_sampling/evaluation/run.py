@@ -12,7 +12,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from .. import distributed
-from ..config import anchor_scales
 from ..data.catalog import Source
 from ..data.loader import BadDataError, list_files
 from ..data.records import ImageRecord
@@ -150,10 +149,11 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
         detections: by image id; images without an entry count as empty.
 
     Returns:
-        Metrics in percent by protocol. "wider_face": ``AP_all``, ``AP@16``, ..., with the official files also
-        ``AP_easy``, ``AP_medium`` and ``AP_hard``. "coco": ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``,
-        ``AR``, and ``AP-<class>`` where there are several classes. "fddb": ``discrete@n`` and ``continuous@n``, the
-        true positive rates at n = 200, 500 and 1,000 false positives, and with ``_fitted`` those of ellipses.
+        Metrics in percent by protocol. "wider_face": ``AP_all``; with the official files also ``AP_easy``,
+        ``AP_medium`` and ``AP_hard``; with detections of sub-detectors ``AP@16``, ... "coco": ``AP``, ``AP50``,
+        ``AP75``, ``APs``, ``APm``, ``APl``, ``AR``, and ``AP-<class>`` where there are several classes. "fddb":
+        ``discrete@n`` and ``continuous@n``, the true positive rates at n = 200, 500 and 1,000 false positives, and with
+        ``_fitted`` those of ellipses.
     """
     folder = _folder(cfg, source.name)
     missing = len(source.records) - len(detections)
@@ -190,11 +190,8 @@ class Protocol(NamedTuple):
 
 
 def _build_wider_face(cfg: CfgNode, source: Source) -> WiderFaceAP:
-    scales = anchor_scales(cfg)
     ground_truth = _official_ground_truth(cfg, source)
-    if ground_truth:
-        return WiderFaceAP.from_official(ground_truth, scales=scales)
-    return WiderFaceAP.from_records(source.records, scales=scales)
+    return WiderFaceAP.from_official(ground_truth) if ground_truth else WiderFaceAP.from_records(source.records)
 
 
 def _build_coco(cfg: CfgNode, source: Source) -> CocoAP:
@@ -206,8 +203,12 @@ def _build_fddb(cfg: CfgNode, source: Source) -> FDDBRoc:
 
 
 def _write_wider_face(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
+    """A result set in ``predictions``, and of each sub-detector in ``predictions@<scale>``."""
     for image_id, found in detections.items():
         write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores, is_stem=True)
+        for scale, alone in (found.sub_detectors or {}).items():
+            folder_of_scale = os.path.join(folder, f"predictions@{scale:g}")
+            write_predictions(folder_of_scale, image_id, alone.boxes, alone.scores, is_stem=True)
 
 
 def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:

@@ -3,9 +3,10 @@
 import argparse
 import functools
 import logging
+import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -28,20 +29,21 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from ...checkpoint import CheckpointMixin
+from ... import stop
+from ...checkpointer import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
-    prepare_output,
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, is_due
+from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -76,18 +78,27 @@ class GroupSamplingCheckpointer(CheckpointMixin, DetectionCheckpointer):
 class _ReadsLate:
     """A trainer of Detectron2 that reads its losses back, and gathers them, when the log is written: in one go."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses
+    def __init__(self, cfg: CfgNode, model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer):
+        super().__init__(model, loader, optimizer)
+        self._clipper = GradientClipper(cfg, optimizer)
+        self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses and "grad_norm"
+
+    def run_step(self) -> None:
+        super().run_step()
+        self._unread[-1][2]["grad_norm"] = self._clipper.norm
 
     def _write_metrics(self, loss_dict: dict[str, Tensor], data_time: float, *args, **kwargs) -> None:
         self._unread.append((self.iter, data_time, {name: loss.detach() for name, loss in loss_dict.items()}))
 
-    def read_metrics(self) -> None:
-        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time."""
-        iterations, data_times, losses = zip(*self._unread)
+    def read_metrics(self) -> list[float]:
+        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time.
+
+        Returns:
+            The norms of the gradients in them.
+        """
+        iterations, data_times, scalars = zip(*self._unread)
         self._unread.clear()
-        names, values = list(losses[0]), torch.stack([torch.stack(list(step.values())).float() for step in losses])
+        names, values = list(scalars[0]), torch.stack([torch.stack(list(step.values())).float() for step in scalars])
         ranks = comm.gather((values.tolist(), data_times))
         storage = get_event_storage()
         for i, iteration in enumerate(iterations):
@@ -96,9 +107,12 @@ class _ReadsLate:
             if comm.is_main_process():
                 put("data_time", max(times[i] for _, times in ranks))
                 means = [float(np.mean(column)) for column in zip(*(rows[i] for rows, _ in ranks))]
-                put("total_loss", sum(means))
-                for name, mean in zip(names, means):
-                    put(name, mean)
+                named = dict(zip(names, means))
+                put("total_loss", sum(mean for name, mean in named.items() if name != "grad_norm"))
+                for name, mean in named.items():
+                    if math.isfinite(mean):  # the norm is not where a gradient scaler skipped the step
+                        put(name, mean)
+        return values[:, names.index("grad_norm")].tolist()
 
 
 class _SimpleTrainer(_ReadsLate, SimpleTrainer):
@@ -106,7 +120,9 @@ class _SimpleTrainer(_ReadsLate, SimpleTrainer):
 
 
 class _AMPTrainer(_ReadsLate, AMPTrainer):
-    pass
+    def after_backward(self) -> None:
+        super().after_backward()
+        self.grad_scaler.unscale_(self.optimizer)  # before they are clipped
 
 
 class Trainer(DefaultTrainer):
@@ -134,7 +150,8 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         self._guard = FiniteLossGuard(optimizer)
         model.register_forward_hook(functools.partial(_watch_losses, self._guard))
-        self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(model, loader, optimizer)
+        self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(cfg, model, loader, optimizer)
+        self._health = HealthLog(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
@@ -144,17 +161,31 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
+        check_start(self.cfg, self.start_iter)
         if self.start_iter > 0:  # the loader of __init__ starts at iteration 0
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
             # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
+    @stop.handler.deferred()
+    def train(self):
+        return super().train()
+
     def after_step(self) -> None:
-        if is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
+        stops = self._guard.stop_signal and self.iter + 1 < self.max_iter
+        if stops or is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
             self._guard.check()
         if is_due(self.iter, self.max_iter):
-            self._trainer.read_metrics()
-        super().after_step()
+            norms = self._trainer.read_metrics()
+            if comm.is_main_process():
+                for name, value in self._health.read(self.iter, norms).items():
+                    self.storage.put_scalar(name, value, smoothing_hint=False)
+        try:
+            super().after_step()
+        except stop.Stopped as stopped:  # in an evaluation
+            stop.save_and_stop(self.checkpointer, self.iter, stopped.number)
+        if stops:
+            stop.save_and_stop(self.checkpointer, self.iter, self._guard.stop_signal)
 
     def after_train(self) -> None:
         super().after_train()
@@ -166,7 +197,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's; on a GPU fused, so that :class:`FiniteLossGuard` and gradient scalers need not wait."""
+        """Detectron2's; on a GPU fused, so that :class:`FiniteLossGuard` and gradient scalers need not wait.
+
+        It does not clip: :class:`GradientClipper` does, since Detectron2's own way knows no "full_model" and would clip
+        the scaled gradients of a fused optimizer.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         optimizer = super().build_optimizer(cfg, model)
         if next(model.parameters()).device.type == "cpu":
             return optimizer
@@ -204,6 +242,7 @@ class Trainer(DefaultTrainer):
         return GroupSamplingEvaluator(cfg, dataset_name)
 
     @classmethod
+    @stop.handler.at_once()
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None, *, resume: bool = False):
         """``DefaultTrainer.test``, on the image pyramid of ``TEST.PYRAMID`` if its ``SCALES`` are set.
 
@@ -258,6 +297,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     defaults = cfg.clone()
     merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, "TEST.SUB_DETECTORS needs it")
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
@@ -306,5 +347,4 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
-    prepare_output(cfg)
     return launch(_work, cfg, args)

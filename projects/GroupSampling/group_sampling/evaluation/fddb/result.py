@@ -109,9 +109,9 @@ class FDDBResult:
     def plot(self, path: str | os.PathLike, title: str = "FDDB") -> None:
         """Draw the discrete and the continuous ROC curves, atomically; the suffix gives the format of the image."""
         from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(wspace=0.05)
+        figure = Figure(figsize=(11, 5), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.05))
         figure.suptitle(title)
         end = max(*OPERATING_POINTS, *(int(curves.false_positives[-1]) for curves in self.curves.values()))
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("discrete", "continuous")):

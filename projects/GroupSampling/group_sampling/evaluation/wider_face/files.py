@@ -250,9 +250,11 @@ def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
             total = _check_total(path, total + member.size)
             if member.isfile() and _is_prediction(member.name):
                 with _errors_of_archive(path):
-                    content = archive.extractfile(member).read(_MAX_FILE_BYTES + 1)
-                _check_size(len(content), f"{path}/{member.name}")
-                yield member.name, content
+                    file = archive.extractfile(member)  # None: a folder
+                    content = None if file is None else file.read(_MAX_FILE_BYTES + 1)
+                if content is not None:
+                    _check_size(len(content), f"{path}/{member.name}")
+                    yield member.name, content
         # tarfile takes a damaged header, or the end of a file that was cut off, for the end of the archive.
         with _errors_of_archive(path):
             archive.fileobj.seek(archive.offset)

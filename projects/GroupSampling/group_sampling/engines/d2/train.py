@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from ... import stop
-from ...checkpoint import CheckpointMixin
+from ...checkpointer import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ...errors import describe, is_expected
 from ..build import (

@@ -31,11 +31,19 @@ COMMON = [
 SMALL = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "64"]
 SCRATCH = ["MODEL.BACKBONE.FREEZE_AT", "0"]
 VARIANTS = {
-    "sampling, R18, frozen": ("fpn_finest_sampling", SMALL),
-    "uniform, R18, BN": ("fpn_finest", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "BN"]),
-    "sampling, R18, GN, P2 and P3": (
+    "sampling by weight, R18, frozen": (
         "fpn_finest_sampling",
-        [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.RPN.IN_FEATURES", "['p2', 'p3']"],
+        [*SMALL, "MODEL.GROUP_SAMPLING.FILL", "weight", "MODEL.GROUP_SAMPLING.LOSS_MEAN", "group"],
+    ),
+    "uniform, R18, BN": ("fpn_finest", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "BN"]),
+    "sampling, repeated, R18, GN, P2 and P3": (
+        "fpn_finest_sampling",
+        [
+            *SMALL,
+            *SCRATCH,
+            *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.RPN.IN_FEATURES", "['p2', 'p3']"),
+            *("MODEL.GROUP_SAMPLING.FILL", "repeat", "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn"),
+        ],
     ),
     "sampling, R50": ("fpn_finest_sampling", []),
     "C4, R18, GN": ("rpn_c4", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN"]),

@@ -5,7 +5,7 @@ from torch import nn
 
 from ...data.records import ImageRecord
 from ...evaluation.run import Evaluation
-from .data import find_source
+from .data import UNREADABLE, find_source
 from .rcnn import to_detections
 
 
@@ -43,6 +43,9 @@ class GroupSamplingEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs):
+            if UNREADABLE in image:
+                self._evaluation.skip(image["file_name"], image[UNREADABLE])
+                continue
             self._evaluation.add(str(image["image_id"]), to_detections(output).numpy())
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:

@@ -19,13 +19,14 @@ from ...config import ConfigError, check_values
 from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import select_proposals
-from ...samplers import build_anchor_sampler, name_counts
+from ...monitor import name_counts
+from ...samplers import build_anchor_sampler
 from ..build import LOG_PERIOD, SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .data import ignore_boxes_of
 
 
 def log_counts(storage: EventStorage, stage: str, scales: Sequence[float], num_pos: Tensor, num_neg: Tensor) -> None:
-    """Log :func:`~group_sampling.samplers.name_counts` in iterations that are written: to read them back is a wait."""
+    """Log :func:`~group_sampling.monitor.name_counts` in iterations that are written: to read them back is a wait."""
     if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
         for name, count in name_counts(stage, scales, num_pos.tolist(), num_neg.tolist()).items():
             storage.put_scalar(name, count)
@@ -210,6 +211,9 @@ class GroupSamplingRPN(RPN):
         storage = get_event_storage()
         gt_boxes = [x.gt_boxes.tensor for x in targets]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes_of(targets), iteration=storage.iter)
+        fired = getattr(self.rpn_head, "fired", None)
+        if fired is not None:
+            self.criterion.monitor.add_units(fired)
         log_counts(storage, "rpn", grid.scales, result.num_pos, result.num_neg)
         seconds = self.criterion.sampler.timer.seconds
         if seconds is not None:

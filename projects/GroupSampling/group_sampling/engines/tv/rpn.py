@@ -12,7 +12,7 @@ from ...anchors import AnchorGrid, cell_anchors
 from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import Proposals, select_proposals
-from ...samplers import name_counts
+from ...monitor import name_counts
 from ..build import AnchorLayout
 from .sampling import SamplingModule
 
@@ -123,6 +123,9 @@ class GroupSamplingRPN(SamplingModule, RegionProposalNetwork):
         gt_boxes = [target["boxes"] for target in targets]
         ignore_boxes = [target.get("ignore_boxes", boxes.new_zeros((0, 4))) for target, boxes in zip(targets, gt_boxes)]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes, iteration=self._next_iteration())
+        fired = getattr(self.head, "fired", None)
+        if fired is not None:
+            self.criterion.monitor.add_units(fired)
         self.sample_counts = name_counts("rpn", grid.scales, result.num_pos, result.num_neg)
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}

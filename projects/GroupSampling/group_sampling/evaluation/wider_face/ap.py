@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,6 +161,11 @@ class WiderFaceAP:
     def __len__(self) -> int:
         """Number of images."""
         return len(self._boxes)
+
+    @property
+    def image_ids(self) -> Collection[str]:
+        """Of the ground truth, in its order."""
+        return self._boxes.keys()
 
     def update(self, image_id: str, detections: Detections) -> None:
         """Add the detections of one image. An image without an update is one without detections.

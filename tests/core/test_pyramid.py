@@ -1,5 +1,6 @@
 """The image pyramid with detectors made for the test: merge, box voting, tiles, flip, scales."""
 
+import functools
 import itertools
 import math
 import runpy
@@ -292,6 +293,27 @@ def test_one_scale_is_the_single_scale_test():
     assert as_rows(make_pyramid()(image, find_colors)) == as_rows(find_colors(image))
 
 
+def test_lists_of_sub_detectors_go_by_themselves():
+    """Levels, tiles, mirror images, merge and limits of each list are those of a detector that returns it alone."""
+    rng = np.random.default_rng(2)
+    image = np.where(paint_rectangles(180, 240, rng.integers(10, 40, (30, 2)), rng) > 0, 255, 0).astype(np.uint8)
+    finders = [find_bright, *(functools.partial(find_bright, sizes=sizes) for sizes in ((0, 20), (15, 30), (0, 60)))]
+    pyramid = make_pyramid(
+        (1.0, 0.5, 1.7), flip=True, vote_thresh=0.5, max_side=150, tile_overlap=60, max_detections=12
+    )
+
+    def detect(tile):
+        joint, *alone = (finder(tile) for finder in finders)
+        return joint._replace(sub_detectors=dict(zip((16.0, 32.0, 64.0), alone)))
+
+    found = pyramid(image, detect)
+    assert list(found.sub_detectors) == [16, 32, 64]
+    lists = [as_rows(alone) for alone in (found, *found.sub_detectors.values())]
+    assert lists == [as_rows(pyramid(image, finder)) for finder in finders]
+    assert len(set(map(tuple, lists))) == 4 and list(map(len, lists)) == [12] * 4
+    assert all(alone.sub_detectors is None for alone in found.sub_detectors.values())
+
+
 @pytest.mark.parametrize("shape", [(97, 240), (240, 97), (480, 480)])
 def test_levels_are_multiples_of_the_single_scale_size(shape):
     """Scale 1 is the single-scale test's size, and every level is one resize from the pixels given."""
@@ -381,7 +403,7 @@ def test_nothing_found():
     found = make_pyramid((0.5, 2.0), flip=True, vote_thresh=0.5, max_side=64, tile_overlap=8)(
         np.zeros((50, 70, 3), dtype=np.uint8), find_bright
     )
-    assert found.boxes.shape == (0, 4) and all(len(tensor) == 0 for tensor in found)
+    assert found.boxes.shape == (0, 4) and all(len(tensor) == 0 for tensor in found[:-1])
 
 
 @pytest.mark.parametrize(

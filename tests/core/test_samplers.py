@@ -13,6 +13,7 @@ from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.config import ConfigError, add_group_sampling_config
 from group_sampling.criterion import AnchorCriterion
 from group_sampling.head import SoftmaxRPNHead
+from group_sampling.monitor import count_anchors, name_counts
 from group_sampling.ops import AssignResult, MatchResult
 from group_sampling.roi_sampling import ROI_SAMPLERS
 from group_sampling.samplers import (
@@ -22,8 +23,6 @@ from group_sampling.samplers import (
     OHEMSampler,
     UniformSampler,
     build_anchor_sampler,
-    count_anchors,
-    name_counts,
     take_matches,
 )
 
@@ -58,6 +57,15 @@ def test_samplers_of_a_config(name, kind, num_samples, max_positives, face_prior
     assert (sampler.num_samples, sampler.max_positives, sampler.seed) == (num_samples, max_positives, 7)
     assert (sampler.face_prior, sampler.needs_logits) == (face_prior, needs_logits)
     assert sampler.match_options == {"pos_iou": 0.65, "neg_iou": 0.35, "second_pass": "best", "ignore_ioa": 0.3}
+
+
+def test_readings_of_a_config():
+    cfg = make_cfg("group")
+    cfg.MODEL.GROUP_SAMPLING.FILL, cfg.MODEL.GROUP_SAMPLING.LOSS_MEAN = "repeat", "group"
+    sampler = build_anchor_sampler(cfg)
+    assert (sampler.fill, sampler.loss_mean) == ("repeat", "group")
+    cfg.MODEL.GROUP_SAMPLING.SAMPLER = "uniform"  # a baseline, whatever the reading
+    assert not hasattr(build_anchor_sampler(cfg), "fill")
 
 
 def test_numbers_of_the_papers():

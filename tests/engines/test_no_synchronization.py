@@ -214,6 +214,12 @@ def test_detectron2(name, tmp_path):
     assert Event.waits == [(6, 5)]
 
 
+@pytest.mark.parametrize("fill", ["repeat", "weight"])
+def test_readings_of_group_sampling(fill):
+    reading = ("MODEL.GROUP_SAMPLING.FILL", fill, "MODEL.GROUP_SAMPLING.LOSS_MEAN", "group")
+    assert waits_of_torchvision(SINGLE_STAGE[0], (*reading, "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn")) == {}
+
+
 @pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])
 @pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
 def test_clipping(waits_of, clip_type, tmp_path):

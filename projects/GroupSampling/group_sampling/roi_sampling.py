@@ -8,9 +8,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from .config import ConfigError, anchor_scales
+from .config import ConfigError, anchor_scales, sample_count
+from .monitor import count_by_scale
 from .ops import MatchOptions, match_anchors, sample_groups
-from .samplers import count_by_scale, first_image, named_class, sample_count
+from .samplers import first_image, named_class
 from .scales import scale_borders
 
 # Keeps the draws of proposals independent of the draws of anchors, which start from the same seed.

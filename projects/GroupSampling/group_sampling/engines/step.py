@@ -1,19 +1,25 @@
 """What both engines do around a training step so that the host does not wait for a GPU in it."""
 
 import functools
+import logging
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from .. import stop
+from ..criterion import AnchorCriterion
 from ..distributed import world_size
+from ..monitor import HealthWatch
 from .build import LOG_PERIOD
+
+logger = logging.getLogger(__name__)
 
 
 def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
@@ -58,6 +64,39 @@ class GradientClipper:
                 clip_grad_norm_(parameter, options.CLIP_VALUE, options.NORM_TYPE)
         else:
             clip_grad_value_(parameters, options.CLIP_VALUE)
+
+
+class HealthLog:
+    """Writes a line on the health of the head whenever a training logs, and warns of one that is dying.
+
+    Args:
+        model: with an :class:`~group_sampling.criterion.AnchorCriterion`; of another one nothing is known.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        criteria = [module for module in model.modules() if isinstance(module, AnchorCriterion)]
+        self._monitor = criteria[0].monitor if criteria else None
+        # A scale that tells no faces by then does not learn them; a short training has had a quarter of its time.
+        self._watch = HealthWatch(max(200, min(cfg.SOLVER.MAX_ITER // 4, cfg.SOLVER.WARMUP_ITERS + 1000)))
+
+    def read(self, iteration: int, norms: Sequence[float]) -> dict[str, float]:
+        """Log the health since the last call; returns it as metrics "health/...". Waits for a GPU.
+
+        Args:
+            iteration: the last one.
+            norms: of the gradients of each iteration since the last call.
+        """
+        health = None if self._monitor is None else self._monitor.read()
+        if health is None:
+            return {}
+        peak = max(norms)
+        logger.info(f"iter: {iteration}  {health}  grad_norm: {statistics.median(norms):.3g}, at most {peak:.3g}")
+        for warning in self._watch.warnings(iteration, health):
+            logger.warning(
+                f"iteration {iteration}: {warning}. The loss may look fine all the same. What helps from scratch: "
+                "clipped gradients (SOLVER.CLIP_GRADIENTS), a lower SOLVER.BASE_LR, MODEL.FPN.NORM GN."
+            )
+        return {**health.metrics(), **({"health/grad_norm_max": peak} if math.isfinite(peak) else {})}
 
 
 class _Step(NamedTuple):

@@ -17,7 +17,8 @@ from ..config import ConfigError
 from ..data.images import image_size
 from ..data.records import ImageRecord
 from ..engines.build import AnchorLayout, build_train_transform
-from ..samplers import build_anchor_sampler, count_anchors
+from ..monitor import count_anchors
+from ..samplers import build_anchor_sampler
 
 _BATCH = 64  # images per call of the operator
 

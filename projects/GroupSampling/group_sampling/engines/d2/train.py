@@ -32,6 +32,7 @@ from torch.utils.data import SequentialSampler
 from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
+from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
@@ -42,7 +43,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, GradientClipper, is_due
+from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -89,8 +90,12 @@ class _ReadsLate:
     def _write_metrics(self, loss_dict: dict[str, Tensor], data_time: float, *args, **kwargs) -> None:
         self._unread.append((self.iter, data_time, {name: loss.detach() for name, loss in loss_dict.items()}))
 
-    def read_metrics(self) -> None:
-        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time."""
+    def read_metrics(self) -> list[float]:
+        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time.
+
+        Returns:
+            The norms of the gradients in them.
+        """
         iterations, data_times, scalars = zip(*self._unread)
         self._unread.clear()
         names, values = list(scalars[0]), torch.stack([torch.stack(list(step.values())).float() for step in scalars])
@@ -107,6 +112,7 @@ class _ReadsLate:
                 for name, mean in named.items():
                     if math.isfinite(mean):  # the norm is not where a gradient scaler skipped the step
                         put(name, mean)
+        return values[:, names.index("grad_norm")].tolist()
 
 
 class _SimpleTrainer(_ReadsLate, SimpleTrainer):
@@ -145,6 +151,7 @@ class Trainer(DefaultTrainer):
         self._guard = FiniteLossGuard(optimizer)
         model.register_forward_hook(functools.partial(_watch_losses, self._guard))
         self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(cfg, model, loader, optimizer)
+        self._health = HealthLog(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
@@ -169,7 +176,10 @@ class Trainer(DefaultTrainer):
         if stops or is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
             self._guard.check()
         if is_due(self.iter, self.max_iter):
-            self._trainer.read_metrics()
+            norms = self._trainer.read_metrics()
+            if comm.is_main_process():
+                for name, value in self._health.read(self.iter, norms).items():
+                    self.storage.put_scalar(name, value, smoothing_hint=False)
         try:
             super().after_step()
         except stop.Stopped as stopped:  # in an evaluation
@@ -179,8 +189,11 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         super().after_train()
-        if self.data_loader.summary():
-            logging.getLogger(__name__).warning(self.data_loader.summary())
+        if self.iter < self.max_iter:  # an error ends the training, and other processes may not be here
+            return
+        left_out = self.data_loader.summary()
+        if left_out:
+            logging.getLogger(__name__).warning(left_out)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -212,11 +225,11 @@ class Trainer(DefaultTrainer):
         return cls._build_loader(cfg, images[comm.get_rank() :: comm.get_world_size()])
 
     @staticmethod
-    def _build_loader(cfg: CfgNode, images: list[dict]):
+    def _build_loader(cfg: CfgNode, images: list[dict], *, skip_unreadable: bool = False):
         """Loader of this process's images. There may be none, which Detectron2's sampler and serialization refuse."""
         return build_detection_test_loader(
             DatasetFromList(images, copy=False, serialize=False),
-            mapper=GroupSamplingMapper(cfg, is_train=False),
+            mapper=GroupSamplingMapper(cfg, is_train=False, skip_unreadable=skip_unreadable),
             sampler=SequentialSampler(images),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
@@ -245,7 +258,7 @@ class Trainer(DefaultTrainer):
             evaluator = cls.build_evaluator(cfg, name)
             if isinstance(evaluator, GroupSamplingEvaluator):
                 share = evaluator.start(model, resume=resume)
-                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)))
+                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)), skip_unreadable=True)
             else:
                 loader = cls.build_test_loader(cfg, name)
             results[name] = inference_on_dataset(detector, loader, evaluator)
@@ -262,6 +275,14 @@ def _watch_losses(
         guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
 
 
+def _without_traceback(entry: logging.LogRecord) -> bool:
+    """Log filter: what a user can mend is a message in Detectron2's log as well."""
+    if entry.exc_info and entry.exc_info[1] is not None and is_expected(entry.exc_info[1]):
+        entry.msg, entry.args = f"Training ended: {describe(entry.exc_info[1])}", ()
+        entry.exc_info = None
+    return True
+
+
 def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run: Detectron2's keys and this project's.
 
@@ -276,6 +297,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     defaults = cfg.clone()
     merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, "TEST.SUB_DETECTORS needs it")
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
@@ -292,6 +315,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="group_sampling")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     register_datasets(cfg)
     return cfg
 

@@ -10,7 +10,6 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from group_sampling.checkpoint import (
-    CheckpointMixin,
     Description,
     convert_names,
     main,
@@ -18,6 +17,7 @@ from group_sampling.checkpoint import (
     resolve_weights,
     saved_config,
 )
+from group_sampling.checkpointer import CheckpointMixin
 from group_sampling.config import ConfigError
 
 PAIRS = {  # Detectron2's name: torchvision's name

@@ -148,8 +148,9 @@ def test_samples_losses_and_detections_agree(engines, monkeypatch):
         d2_scales, tv_scales = d2_output["sub_detectors"], tv_output["sub_detectors"]
         assert list(d2_scales) == list(tv_scales) == [16, 32, 64, 128]
         lists = [(d2_output["instances"], tv_output), *((d2_scales[s], tv_scales[s]) for s in tv_scales)]
+        assert len(tv_output["boxes"]) > 0  # a sub-detector of random weights may find nothing
         for ours, theirs in lists:
-            assert len(ours) == len(theirs["boxes"]) > 0
+            assert len(ours) == len(theirs["boxes"])
             assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
             assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
             assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])

@@ -1,6 +1,5 @@
 """The trainings behind the paper's tables and figures: what is run, what is complete, and what it gave."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from fvcore.common.config import CfgNode
 
 from ..config import ConfigError, get_value
 from ..engines.tv.config import load_config
-from ..files import write_json
+from ..files import read_json, write_json
 from .jobs import Job, run_jobs
 from .rows import DETECTORS, EXPERIMENTS
 from .runs import Run
@@ -110,7 +109,7 @@ class Reproduction:
         file = self.run(config, seed).folder / MARKER
         if not file.exists():
             return None
-        content = json.loads(file.read_text())
+        content = read_json(file)
         settings = self.settings(config)
         found = {key: content.get(key) for key in settings}
         if found != settings:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from ... import stop
-from ...checkpoint import CheckpointMixin
+from ...checkpointer import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ...errors import describe, is_expected
 from ..build import (
@@ -299,8 +299,6 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     defaults = cfg.clone()
     merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
-    if cfg.TEST.SUB_DETECTORS:
-        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, "TEST.SUB_DETECTORS needs it")
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
@@ -310,6 +308,9 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
         check_values(cfg, {key: [name for name, _ in registry]}, "Detectron2 has no other registered")
     if cfg.MODEL.BACKBONE.NAME == TORCHVISION_BACKBONE:
         check_torchvision_backbone(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        reason = "other ones cannot do TEST.SUB_DETECTORS; with that False there is no AP@16, ..."
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, reason)
     return cfg
 
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import clip_boxes_to_image
 
 from ... import stop
-from ...checkpoint import CheckpointMixin
+from ...checkpointer import CheckpointMixin
 from ...data.catalog import Catalog
 from ...data.loader import SkippedImage, build_test_loader
 from ...data.records import ImageRecord

@@ -22,12 +22,17 @@ def new_figure(width: float, height: float):
 
 
 def plot_samples(
-    samples: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, log: bool = False, columns: int = 5
+    samples: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: Path,
+    *,
+    log: bool = False,
+    columns: int = 5,
+    ylabel: str = "samples per image",
 ) -> None:
     """Bars of positives and negatives of every scale, one panel per detector (paper, Fig. 2).
 
     Args:
-        samples: name of the detector -> anchor scale -> mean positives and negatives in an image.
+        samples: name of the detector -> anchor scale -> positives and negatives, in the unit that ``ylabel`` names.
         log: logarithmic axis, for detectors whose counts differ by orders of magnitude.
         columns: panels in a row.
     """
@@ -42,7 +47,7 @@ def plot_samples(
             bars = axes.bar(position + offset, values, 0.4, label=label, color=f"C{column}")
             axes.bar_label(bars, labels=[_short(value) for value in values], fontsize=7 if columns > 2 else 8)
         axes.set_xticks(position, list(counts))
-        axes.set(title=name, xlabel="anchor scale (px)", ylabel="samples per image")
+        axes.set(title=name, xlabel="anchor scale (px)", ylabel=ylabel)
         axes.label_outer()
         if log:
             axes.set_yscale("log")
@@ -54,7 +59,7 @@ def plot_samples(
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
 def plot_ap_bars(

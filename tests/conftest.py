@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TEST_DATA = REPOSITORY / os.environ.get("GS_TEST_DATA", "../shared/data")
 NO_TEST_DATA = f"no real data in {TEST_DATA}: set GS_TEST_DATA to its folder"
 
+EMULATED_KERNELS = pytest.StashKey[dict]()  # what ran, with --emulate-cuda
+
 # No deadline: a busy machine is not a failure. derandomize: a red run is red again.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
 # tests/mutation/run.py runs a test hundreds of times.
@@ -34,6 +36,25 @@ class ReferenceData(NamedTuple):
 
     folder: Path
     numbers: dict  # counts and rates, see tests/tiny_data/make.py
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate-cuda", action="store_true", help="operators on CPU tensors run the CUDA kernels (cuda_emulation/)"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulated_cuda(request):
+    """With --emulate-cuda, every test of the run meets the emulated kernels."""
+    if not request.config.getoption("--emulate-cuda"):
+        yield
+        return
+    from cuda_emulation.emulation import Emulation, build
+
+    with Emulation(build()).operators() as emulation:
+        yield
+        request.config.stash[EMULATED_KERNELS] = emulation.counts()
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +115,9 @@ def pytest_terminal_summary(terminalreporter, config):
     else:
         operators = f"torch reference, C++; no CUDA kernels: {status.reason}"
     write(f"operators : {operators}")
+    if kernels := config.stash.get(EMULATED_KERNELS, {}):
+        launches = sum(kernel["launches"] for kernel in kernels.values())
+        write(f"emulation : {launches} launches of {len(kernels)} CUDA kernels on the CPU")
     write(f"devices   : cpu{', cuda' if has_gpu else '; no GPU is visible, so no CUDA kernel was run'}")
     write(f"data      : synthetic, tiny reference data{', real WIDER FACE' if has_data else f'; {NO_TEST_DATA}'}")
     write(f"selection : {config.getoption('-m') or 'all tests'}")

@@ -1,6 +1,7 @@
 """Scenes for property tests: anchor grids, faces of every awkward kind, matching and sampling options."""
 
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,11 @@ BAD_BOXES = {
 def devices():
     """For ``parametrize``. tests/conftest.py skips "cuda" without a GPU, unless GS_REQUIRE_CUDA=1."""
     return ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def examples(count):
+    """Number of scenes of a property test: ``count``, or GS_MAX_EXAMPLES where that is set and lower."""
+    return min(count, int(os.environ.get("GS_MAX_EXAMPLES", count)))
 
 
 @dataclass

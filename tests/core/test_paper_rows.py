@@ -94,6 +94,7 @@ def check_training(cfg):
     assert len(cfg.TEST.PYRAMID.SCALES) > 1 and FACTS["test"]["pyramid"]
     assert min(cfg.TEST.PYRAMID.SCALES) < 1 < max(cfg.TEST.PYRAMID.SCALES)
     assert FACTS["test"]["max_side"] == cfg.TEST.PYRAMID.MAX_SIDE
+    assert FACTS["test"]["sub_detectors"] is cfg.TEST.SUB_DETECTORS
 
 
 def figure4_facts(detector, n):

@@ -25,9 +25,8 @@ def make_run(folder, name, records, shift):
     for record in records:
         scores = np.linspace(0.9, 0.6, len(record.boxes))
         write_predictions(run.folder / "inference/val/predictions", record.image_id, record.boxes + shift, scores)
-        metric.update(
-            record.image_id, Detections(record.boxes + shift, scores, anchor_scales=np.full(len(scores), 16.0))
-        )
+        found = Detections(record.boxes + shift, scores)
+        metric.update(record.image_id, found._replace(sub_detectors={16.0: found}))
     write_json(run.folder / "inference/val/results.json", metric.compute().to_dict())
     rows = [
         {

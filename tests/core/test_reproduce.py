@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from group_sampling.config import ConfigError, get_value
+from group_sampling.config import get_value
 from group_sampling.engines.tv.config import load_config
 from group_sampling.experiments import jobs, reproduction
 from group_sampling.experiments.claims import paper_values
@@ -91,7 +91,8 @@ def test_rows_are_run_once_and_reported(tmp_path, stand_in, capsys):
     assert f"| uniform | `fpn_finest` | 94.1 / not run | 93.0 / not run | 86.6 / not run | {uniform}" in report
     assert f"| group | `fpn_finest_sampling` | 94.7 / not run | 93.8 / not run | 88.7 / not run | {group}" in report
     (claim,) = re.findall(r"\| 1\.10 \|.*", report)
-    assert "fpn_finest_sampling − fpn_finest, all | +2.6 | +10.0 ± 0.0 (3 seeds) | agrees (without" in claim
+    assert "fpn_finest_sampling − fpn_finest, @16 | +8.5 | +5.0 ± 0.0 (3 seeds) | agrees (without" in claim
+    assert "@16" not in claim.split("(without")[1]
 
     content = json.loads((tmp_path / "out/tiny/report.json").read_text())
     verdicts = {claim["id"]: claim["verdict"] for claim in content["claims"]}
@@ -144,7 +145,7 @@ def test_report_of_what_is_there(tmp_path, stand_in):
 
 def test_other_settings_are_refused(tmp_path, stand_in):
     run(tmp_path, "--table", 1)
-    with pytest.raises(ConfigError, match="expected a run with the settings"):
+    with pytest.raises(SystemExit, match="^reproduce.py: error: .*: expected a run with the settings"):
         run(tmp_path, "--table", 1, opts=["SOLVER.MAX_ITER", "7"])
     assert len(calls(tmp_path)) == 2
 
@@ -152,7 +153,7 @@ def test_other_settings_are_refused(tmp_path, stand_in):
 def test_missing_config_is_named(tmp_path, stand_in, monkeypatch):
     absent = Experiment("x", (Row("x", "table9/absent"),))
     monkeypatch.setitem(EXPERIMENTS, "table1", absent)
-    with pytest.raises(ConfigError, match=r"table9/absent\.yaml"):
+    with pytest.raises(SystemExit, match=r"(?s)^reproduce.py: error: .*table9/absent\.yaml"):
         run(tmp_path, "--table", 1)
 
 

@@ -127,12 +127,15 @@ def test_samples_losses_and_detections_agree(engines, monkeypatch):
     with torch.no_grad():
         d2_found = engines.d2_model(engines.d2_batch)
         tv_found = tv_forward(engines)
-    for ours, theirs in zip(d2_found, tv_found):
-        ours = ours["instances"]
-        assert len(ours) == len(theirs["boxes"]) > 0
-        assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
-        assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
-        assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
+    for d2_output, tv_output in zip(d2_found, tv_found):
+        d2_scales, tv_scales = d2_output["sub_detectors"], tv_output["sub_detectors"]
+        assert list(d2_scales) == list(tv_scales) == [16, 32, 64, 128]
+        lists = [(d2_output["instances"], tv_output), *((d2_scales[s], tv_scales[s]) for s in tv_scales)]
+        for ours, theirs in lists:
+            assert len(ours) == len(theirs["boxes"]) > 0
+            assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
+            assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
+            assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
 
 
 def test_training_steps_agree(engines):

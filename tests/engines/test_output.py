@@ -69,7 +69,7 @@ def test_what_a_killed_run_left_is_cleaned(tmp_path):
 @pytest.mark.parametrize("bad", ["file", "file/below", "a\0b", "x" * 300])
 def test_a_folder_that_cannot_be_written(tmp_path, bad):
     (tmp_path / "file").write_text("")
-    expected = r"^OUTPUT_DIR '.*': expected a folder that can be written, got: "
+    expected = r"^OUTPUT_DIR: expected a folder that can be written to, got '.*': "
     with pytest.raises(ConfigError, match=expected), own_output(str(tmp_path / bad)):
         pytest.fail("the block ran")
 

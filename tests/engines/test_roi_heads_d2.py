@@ -331,12 +331,16 @@ def test_engines_agree(engines, monkeypatch):
     d2_model.eval(), tv_model.eval()
     with torch.no_grad():
         d2_found, tv_found = d2_model(engines.d2_batch), tv_model(images)
-    for ours, theirs in zip((output["instances"] for output in d2_found), tv_found):
-        assert len(ours) == len(theirs["boxes"]) > 0
-        assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
-        assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
-        assert torch.equal(ours.pred_classes, theirs["labels"])
-        assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
+    for d2_output, tv_output in zip(d2_found, tv_found):
+        by_scale = tv_output["sub_detectors"]
+        assert list(by_scale) == list(d2_output["sub_detectors"]) == [16, 32, 64, 128]
+        lists = [(d2_output["instances"], tv_output), *((d2_output["sub_detectors"][s], by_scale[s]) for s in by_scale)]
+        for ours, theirs in lists:
+            assert len(ours) == len(theirs["boxes"]) > 0
+            assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
+            assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
+            assert torch.equal(ours.pred_classes, theirs["labels"])
+            assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
 
 
 # Whole runs

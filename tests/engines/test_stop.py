@@ -54,7 +54,7 @@ def send(number, iteration, monkeypatch, module, method="watch"):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_in_a_step(tmp_path, monkeypatch, capsys, engine, number, code):
+def test_a_signal_in_a_step(tmp_path, monkeypatch, engine, number, code):
     main = engine_train(engine).main
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -67,7 +67,7 @@ def test_a_signal_in_a_step(tmp_path, monkeypatch, capsys, engine, number, code)
             main(arguments(broken, *opts))
     assert stopped.value.code == code
     name = signal.Signals(number).name
-    assert f"train_net.py: stopped by {name}; --resume continues from model_0000001.pth" in capsys.readouterr().err
+    assert str(stopped.value) == f"stopped by {name}; --resume continues from model_0000001.pth"
     assert [path.name for path in sorted(broken.glob("*.pth"))] == ["model_0000001.pth"]
     assert (broken / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not list(broken.glob("*.tmp"))

@@ -74,4 +74,4 @@ def test_errors_of_the_user_have_no_traceback(repository):
     command = [sys.executable, "train_net.py", "--engine", "torchvision", "MODEL.DEVICE", "cpu", "MODEL.TYPO", "1"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "engine: torchvision" in done.stdout and "Traceback" not in done.stderr
-    assert "train_net.py: command line: this engine has no key MODEL.TYPO" in done.stderr
+    assert "train_net.py: error: command line: this engine has no key MODEL.TYPO" in done.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from oracles import oracle_iou, oracle_match, oracle_valid
-from strategies import BAD_BOXES, devices, scenes
+from strategies import BAD_BOXES, devices, examples, scenes
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.ops import match_anchor_grid, match_anchors, reference
@@ -38,7 +38,7 @@ def check_scene(scene, device):
 
 
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=2000)
+@settings(max_examples=examples(2000))
 @given(scene=scenes())
 def test_matches_the_oracle(device, scene):
     check_scene(scene, device)
@@ -47,7 +47,7 @@ def test_matches_the_oracle(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=6000)
+@settings(max_examples=examples(6000))
 @given(scene=scenes(max_cells=600, max_faces=25))
 def test_matches_the_oracle_on_larger_scenes(device, scene):
     check_scene(scene, device)

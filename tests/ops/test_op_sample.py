@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from oracles import oracle_counts, oracle_draw, oracle_match
-from strategies import devices, scenes
+from strategies import devices, examples, scenes
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.ops import assign_and_sample, match_anchor_grid, reference, sample_groups
@@ -65,14 +65,14 @@ def check_scene(scene, device, walk):
 
 
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=700)
+@settings(max_examples=examples(700))
 @given(scene=scenes())
 def test_counts_and_equality(device, scene):
     check_scene(scene, device, walk=False)
 
 
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(scene=scenes(max_cells=40))
 def test_draws_what_the_walk_of_the_permutation_draws(device, scene):
     check_scene(scene, device, walk=True)
@@ -81,7 +81,7 @@ def test_draws_what_the_walk_of_the_permutation_draws(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=6000)
+@settings(max_examples=examples(6000))
 @given(scene=scenes(max_cells=600, max_faces=25))
 def test_counts_and_equality_on_larger_scenes(device, scene):
     check_scene(scene, device, walk=False)
@@ -90,7 +90,7 @@ def test_counts_and_equality_on_larger_scenes(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=5000)
+@settings(max_examples=examples(5000))
 @given(scene=scenes(max_cells=120, max_faces=12))
 def test_draws_what_the_walk_draws_on_many_scenes(device, scene):
     check_scene(scene, device, walk=True)
@@ -99,7 +99,7 @@ def test_draws_what_the_walk_draws_on_many_scenes(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(scene=scenes(max_cells=800))
 def test_draws_what_the_walk_draws_on_larger_scenes(device, scene):
     check_scene(scene, device, walk=True)
@@ -124,7 +124,7 @@ def check_group_ids(scene, device):
 
 
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(scene=scenes())
 def test_group_ids_in_any_order(device, scene):
     check_group_ids(scene, device)
@@ -133,7 +133,7 @@ def test_group_ids_in_any_order(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=5000)
+@settings(max_examples=examples(5000))
 @given(scene=scenes(max_cells=120, max_faces=12))
 def test_group_ids_in_any_order_on_many_scenes(device, scene):
     check_group_ids(scene, device)

@@ -18,6 +18,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
 from .config import ConfigError, changed_keys
+from .errors import add_debug_flag, exit_on_error
 from .files import atomic_file, write_atomically
 
 # torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
@@ -375,12 +376,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("source", metavar="SOURCE", help="checkpoint of either engine, or a torchvision ResNet")
     parser.add_argument("target", metavar="TARGET", help="file to write; optimizer state is not copied")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), required=True)
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
-    checkpoint = read_checkpoint(args.source)
-    converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
-    converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
-    with atomic_file(args.target) as file:
-        torch.save(converted, file)
+    with exit_on_error("group_sampling.checkpoint", args):
+        checkpoint = read_checkpoint(args.source)
+        converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
+        converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
+        with atomic_file(args.target) as file:
+            torch.save(converted, file)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from .errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """The configuration asks for something that cannot be done; the message names the key."""
 
+
+_BASE = "_BASE_"
 
 # Paper, Sec. 5: training images are resized by 0.25 * n, n = 1 ... 8.
 SCALE_JITTER = tuple(0.25 * n for n in range(1, 9))
@@ -67,6 +71,9 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
     cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list]), ...)
     cfg.DATASETS.SYNTHETIC = node(SYNTHETIC_DEFAULTS)
+    # Boxes are of the upright picture, turned by its EXIF orientation. False: they are of the pixels as stored, and
+    # pictures are not turned.
+    cfg.DATASETS.APPLY_EXIF = True
 
     # Training stops when more than this share of the images drawn could not be read.
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1
@@ -74,6 +81,10 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
     # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
     cfg.TEST.WIDER_GROUND_TRUTH = "auto"
+
+    # A detector returns, beside its detections, those of each sub-detector: of the anchors of one scale alone, with
+    # their own top-k, NMS, merge of the pyramid and limit (Sec. 6.1). An evaluation then has AP@16, AP@32, ...
+    cfg.TEST.SUB_DETECTORS = False
 
     # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
@@ -99,12 +110,18 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str], *, saved: 
     """
     if config_file and not os.path.isfile(config_file):
         raise ConfigError(f"--config-file {config_file}: no such file")
+    if config_file:
+        _check_bases(config_file, (config_file,))
+    defaults = cfg.clone()
     if len(opts) % 2:
         raise ConfigError(f"command line: expected pairs KEY VALUE, got {list(opts)}")
     where = "the config in the checkpoint"
     try:
         if saved:
-            cfg.merge_from_other_cfg(type(cfg)(yaml.safe_load(saved)))
+            content = yaml.safe_load(saved)
+            if not isinstance(content, dict):
+                raise ValueError(f"expected keys and values, got {saved[:80]!r}")
+            cfg.merge_from_other_cfg(type(cfg)(content))
         where = config_file
         if config_file:
             cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -116,9 +133,74 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str], *, saved: 
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"{where}: this engine has no key {key}.{hint}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not plain YAML: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: not plain YAML: {_one_line(error)}") from error
+    except (ValueError, TypeError, AttributeError) as error:  # yacs, of values that cannot take the default's place
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+    _check_members(cfg, defaults)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_bases(file: str, chain: tuple[str, ...]) -> None:
+    """Check a config and, along ``_BASE_``, those that it builds on.
+
+    Args:
+        chain: the files from the one that the user named to ``file``.
+
+    Raises:
+        ConfigError: with the chain, if one is missing, no file, no YAML or its own base.
+    """
+    where = " -> ".join(chain)
+    try:
+        with open(file, "rb") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{where}: not plain YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected keys and values, got {content!r:.80}")
+    bases = content.get(_BASE, [])
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) and base for base in bases):
+        raise ConfigError(f"{where}: {_BASE}: expected the path of a config, or a list of them, got {content[_BASE]!r}")
+    for base in bases:
+        # As fvcore has it.
+        path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
+        if any(os.path.realpath(path) == os.path.realpath(link) for link in chain):
+            raise ConfigError(f"{where} -> {path}: expected a {_BASE} that ends, got a circle")
+        _check_bases(path, (*chain, path))
+
+
+def _check_members(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+    """Refuse a list with members of another type than the default's, which yacs lets pass.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, value in cfg.items():
+        default = defaults.get(name)
+        if isinstance(value, CfgNode):
+            _check_members(value, default if isinstance(default, CfgNode) else CfgNode(), f"{prefix}{name}.")
+        elif isinstance(value, list | tuple) and isinstance(default, list | tuple):
+            kinds = {_kind(member) for member in _leaves(default)}
+            if kinds and not {_kind(member) for member in _leaves(value)} <= kinds:
+                raise ConfigError(f"{prefix}{name}: expected {' and '.join(sorted(kinds))}, got {value!r}")
+
+
+def _kind(member: Any) -> str:
+    is_number = isinstance(member, int | float) and not isinstance(member, bool)
+    return "numbers" if is_number else f"values of type {type(member).__name__}"
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, list | tuple):
+        for member in value:
+            yield from _leaves(member)
+    else:
+        yield value
 
 
 def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
@@ -196,12 +278,78 @@ def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> 
             raise ConfigError(f"{key}: expected {' or '.join(map(repr, values))}, got {value!r}: {reason}")
 
 
+# Lowest and highest value, both included; for a list, of its members.
+_INF = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "SEED": (-1, 2**31 - 1),
+    "SOLVER.MAX_ITER": (1, _INF),
+    "SOLVER.IMS_PER_BATCH": (1, _INF),
+    "SOLVER.BASE_LR": (0, 1e6),
+    "SOLVER.MOMENTUM": (0, 1),
+    "SOLVER.WEIGHT_DECAY": (0, 1e6),
+    "SOLVER.WEIGHT_DECAY_NORM": (0, 1e6),
+    "SOLVER.GAMMA": (0, 1e6),
+    "SOLVER.STEPS": (1, _INF),
+    "SOLVER.WARMUP_FACTOR": (0, 1e6),
+    "SOLVER.WARMUP_ITERS": (0, _INF),
+    "SOLVER.CHECKPOINT_PERIOD": (1, _INF),
+    "DATALOADER.NUM_WORKERS": (0, 256),
+    "DATALOADER.MAX_BAD_SHARE": (0, 1),
+    "INPUT.SCALE_JITTER": (0.01, 100),
+    "INPUT.MIN_VISIBLE": (0, 1),
+    "INPUT.MIN_SIZE_TEST": (0, 2**16),
+    "INPUT.MAX_SIZE_TEST": (0, 2**16),
+    "MODEL.ANCHOR_GENERATOR.SIZES": (1e-3, 1e6),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (1e-3, 1e3),
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
+    "MODEL.RPN.POSITIVE_FRACTION": (0, 1),
+    "MODEL.RPN.NMS_THRESH": (0, 1),
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": (1, _INF),
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": (1, _INF),
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": (1, _INF),
+    "MODEL.RPN.POST_NMS_TOPK_TEST": (1, _INF),
+    "MODEL.ROI_HEADS.NUM_CLASSES": (1, _INF),
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": (0, 1),
+    "TEST.EVAL_PERIOD": (0, _INF),
+    "TEST.DETECTIONS_PER_IMAGE": (1, _INF),
+    "TEST.PYRAMID.SCALES": (0.01, 100),
+}
+
+
+def _check_ranges(cfg: CfgNode) -> None:
+    for key, (low, high) in _RANGES.items():
+        value = get_value(cfg, key)
+        for number in _leaves(value):
+            if not isinstance(number, int | float) or isinstance(number, bool) or not low <= number <= high:
+                bounds = f"at least {low:g}" if high == _INF else f"from {low:.10g} to {high:.10g}"
+                what = f"numbers {bounds}" if isinstance(value, list | tuple) else f"a number {bounds}"
+                raise ConfigError(f"{key}: expected {what}, got {value!r}")
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        if not all(isinstance(name, str) for name in get_value(cfg, key)):
+            raise ConfigError(f"{key}: expected names of data sets, got {get_value(cfg, key)!r}")
+    steps = list(cfg.SOLVER.STEPS)
+    if steps != sorted(set(steps)):
+        raise ConfigError(f"SOLVER.STEPS: expected ascending iterations, each once, got {cfg.SOLVER.STEPS!r}")
+    if not cfg.INPUT.SCALE_JITTER:
+        raise ConfigError("INPUT.SCALE_JITTER: expected at least one factor, (1.0,) for none, got ()")
+    size = tuple(cfg.INPUT.CROP.SIZE)
+    if cfg.INPUT.CROP.ENABLED and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise ConfigError(f"INPUT.CROP.SIZE: expected height and width in pixels, got {cfg.INPUT.CROP.SIZE!r}")
+
+
 def check_common_values(cfg: CfgNode) -> None:
     """Refuse values that neither engine can use.
 
     Raises:
         ConfigError: naming the key.
     """
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE: expected cpu, cuda or cuda:<index>, got {cfg.MODEL.DEVICE!r}") from error
+    if cfg.INPUT.CROP.ENABLED:
+        check_values(cfg, {"INPUT.CROP.TYPE": ("absolute",)}, "the crop is given in pixels after the resize")
+    _check_ranges(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
@@ -223,8 +371,6 @@ def check_common_values(cfg: CfgNode) -> None:
             "MODEL.RPN.IOU_THRESHOLDS and MODEL.RPN.IOU_LABELS: expected [λ2, λ1] and [0, -1, 1], got "
             f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
         )
-    if cfg.INPUT.CROP.ENABLED:
-        check_values(cfg, {"INPUT.CROP.TYPE": ("absolute",)}, "the crop is given in pixels after the resize")
     check_values(
         cfg,
         {"MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,)},

@@ -101,7 +101,8 @@ class FaceDetector:
             raise ValueError("flip: expected scales as well, for example scales=(1.0,)")
         saved = saved_config(config_file, path, needed_by="the weights")
         first = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
-        last = ["MODEL.WEIGHTS", "", *(["MODEL.DEVICE", device] if device else [])]
+        # Faces have no lists of sub-detectors.
+        last = ["MODEL.WEIGHTS", "", "TEST.SUB_DETECTORS", "False", *(["MODEL.DEVICE", device] if device else [])]
         # Imported by name: of the two engines the one that is not used need not be installed.
         module = importlib.import_module(_MODULES[engine])
         cfg = module.load_config(config_file, [*first, *opts, *last], saved=saved)
@@ -174,7 +175,8 @@ class FaceDetector:
     def _to_faces(self, detections: Detections, size: tuple[int, int]) -> Faces:
         has_area = (detections.boxes[:, 2:] > detections.boxes[:, :2]).all(dim=1)
         found = detections.select(has_area & (detections.scores >= self.score_thresh)).numpy()
-        return Faces(*found, size, self.class_names, self._scales)
+        columns = found.boxes, found.scores, found.classes, found.anchor_scales
+        return Faces(*columns, size, self.class_names, self._scales)
 
 
 def with_pyramid(cfg: CfgNode, scales: Sequence[float], flip: bool) -> CfgNode:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from .data.images import read_image
+from .data.images import read_image, to_rgb
 from .data.records import ImageRecord
 
 # A path, an array or tensor as :func:`as_image` describes, or a Pillow image.
@@ -201,7 +201,7 @@ def as_image(image: ImageLike) -> np.ndarray:
         record = ImageRecord(path, path, None, None, np.zeros((0, 4), np.float32), nothing, nothing.astype(bool))
         return read_image(record)
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return to_rgb(ImageOps.exif_transpose(image), image.format)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"image: expected a tensor (3, H, W) or (1, H, W), got {tuple(image.shape)}")

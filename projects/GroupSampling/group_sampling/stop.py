@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from fvcore.common.checkpoint import Checkpointer
+if TYPE_CHECKING:  # commands that need no torch stop in the same way
+    from fvcore.common.checkpoint import Checkpointer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,15 +18,15 @@ class Stopped(SystemExit):
     """A signal ends this process with the exit code that shells give it: 143 for SIGTERM, 130 for SIGINT.
 
     Attributes:
-        note: what was saved, for the user.
+        note: what the user can do next, or "".
     """
 
-    def __init__(self, number: int, note: str = "--resume continues from the last checkpoint"):
+    def __init__(self, number: int, note: str = ""):
         super().__init__(128 + number)
         self.number, self.note = number, note
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}; {self.note}"
+        return f"stopped by {signal.Signals(self.number).name}" + (f"; {self.note}" if self.note else "")
 
 
 class _Handler:
@@ -84,7 +85,7 @@ class _Handler:
 handler = _Handler()  # a process has one
 
 
-def save_and_stop(checkpointer: Checkpointer, iteration: int, number: int) -> NoReturn:
+def save_and_stop(checkpointer: "Checkpointer", iteration: int, number: int) -> NoReturn:
     """End a training after ``iteration`` because of a signal, in every process of it."""
     name = f"model_{iteration:07d}"
     checkpointer.save(name, iteration=iteration)

@@ -18,7 +18,6 @@ import gzip
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,11 +32,11 @@ from group_sampling.data.records import (
     AnnotationError,
     DataReport,
     ImageRecord,
-    UnreadableImageError,
     usable_boxes,
 )
 from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.experiments.balance import SampleBalance, sample_balance, total_variation
 from group_sampling.experiments.plots import plot_samples
 from group_sampling.files import write_json
@@ -56,6 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of augmentation and draws (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=".png")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every config")
     args = parser.parse_args(argv)
     if args.images is not None and args.images < 1:
@@ -142,8 +142,7 @@ def distances(balances: dict[str, SampleBalance]) -> list[dict]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def report(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     # MODEL.DEVICE is of no consequence here, and a config's "cuda" would be refused where there is none.
     configs = {Path(file).stem: load_config(file, ["MODEL.DEVICE", "cpu", *args.opts]) for file in args.config_file}
@@ -188,8 +187,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(balances)} detectors in {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error("balance_report.py", args):
+        report(args)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, AnnotationError, UnreadableImageError) as error:
-        sys.exit(f"balance_report.py: {error}")  # a user error; a traceback would hide the message
+    main()

@@ -15,14 +15,12 @@ Writes report.md, report.json and images/*.png under OUTPUT/SCALE; rows that wer
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.reproduction import Reproduction
 from group_sampling.experiments.reproduction_report import same_samples, warn_of, write_report
 
@@ -43,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "output/reproduce")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is complete")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every config")
     args = parser.parse_args(argv)
     if not args.table and not args.figure:
@@ -55,8 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def reproduce(args: argparse.Namespace) -> None:
     reproduction = Reproduction(
         args.table,
         args.figure,
@@ -81,11 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = write_report(reproduction)
         print(f"report after {math.ceil((time.monotonic() - start) / 60)} min: {report}")
     if errors:
-        sys.exit(f"{len(errors)} trainings failed; the same command repeats them")
+        raise UserError(f"{len(errors)} trainings failed; the same command repeats them")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error("reproduce.py", args):
+        reproduce(args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, MissingDatasetError) as error:  # a user error; a traceback would hide the message
-        sys.exit(f"reproduce.py: {error}")
+    main()

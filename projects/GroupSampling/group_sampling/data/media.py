@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import UserError
 from .video import SUFFIXES as VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-class InputError(ValueError):
+class InputError(UserError, ValueError):
     """What --input names cannot be used."""
 
 

@@ -5,8 +5,10 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
@@ -112,14 +114,33 @@ def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
 
     Args:
         keep: use the seed of the run in ``OUTPUT_DIR``, if there is one.
+
+    Raises:
+        ConfigError: what that run left does not say it.
     """
     if cfg.SEED >= 0:
         return
     previous = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if keep and os.path.isfile(previous):
-        cfg.SEED = cfg.load_yaml_with_base(previous)["SEED"]
+        seed = _read_config(previous).get("SEED")
+        if type(seed) is not int or seed < 0:
+            raise ConfigError(f"{previous}: expected the SEED of the run that is there, got {seed!r}")
+        cfg.SEED = seed
     else:
         cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            content = yaml.safe_load(stream)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file}: expected the config of a run, got no YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected the config of a run, got {content!r:.80}")
+    return content
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def own_output(folder: str) -> Iterator[None]:
         lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
     except (OSError, ValueError) as error:  # ValueError: a NUL character
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"OUTPUT_DIR {folder!r}: expected a folder that can be written, got: {reason}") from error
+        raise ConfigError(f"OUTPUT_DIR: expected a folder that can be written to, got {folder!r}: {reason}") from error
     with lock:
         if _HAS_LOCKS:
             try:

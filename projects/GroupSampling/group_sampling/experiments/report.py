@@ -93,7 +93,7 @@ th:first-child, td:first-child {{ text-align: left; }} img {{ max-width: 100%; }
 <h1>{html.escape(title)}</h1>
 {paragraphs}
 <h2>Average precision (%)</h2>
-<p>{html.escape(dataset)}, WIDER FACE protocol. @s: faces nearest to anchor scale s, detections of its anchors.</p>
+<p>{html.escape(dataset)}, WIDER FACE protocol. @s: All of what the anchors of scale s find by themselves.</p>
 {_ap_table(runs, dataset)}
 {sections}
 </body>

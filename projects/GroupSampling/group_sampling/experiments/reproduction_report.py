@@ -55,8 +55,6 @@ def experiment_results(reproduction: Reproduction, experiment: Experiment, paper
 def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment]:
     """What the paper claims of the order of the results that were asked for, and whether ours agree.
 
-    AP@s is left out: until it is measured as the paper does (docs/deviations.md), it says nothing of these claims.
-
     Args:
         figure2: of :func:`figure2_results`, if that was asked for.
     """
@@ -64,7 +62,7 @@ def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment
     for experiment in reproduction.experiments.values():
         for row in experiment.rows:
             aps = [reproduction.ap(row.config, seed) or {} for seed in reproduction.seeds]
-            subsets = {subset for ap in aps for subset in ap if not subset.startswith("@")}
+            subsets = {subset for ap in aps for subset in ap}
             measured[row.config] = {subset: [ap.get(subset) for ap in aps] for subset in sorted(subsets)}
     samples = {}
     for row in figure2["rows"] if figure2 else ():
@@ -227,6 +225,12 @@ def write_report(reproduction: Reproduction) -> Path:
         "differences can be compared with the paper's, absolute values cannot.",
         "wider": "Each row is its config as it stands.",
     }
+    note = notes[scale]
+    if not all(reproduction.config(config).TEST.PYRAMID.SCALES for config in reproduction.configs):
+        note += (
+            " The test is of a single scale, where a sub-detector finds few faces but those of its size: @s of the "
+            "paper are of an image pyramid."
+        )
     results: dict[str, Any] = {
         "about": {
             "scale": scale,
@@ -236,7 +240,7 @@ def write_report(reproduction: Reproduction) -> Path:
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "overrides": reproduction.overrides,
-            "note": notes[scale],
+            "note": note,
         },
         "same_samples": same_samples(reproduction),
         "experiments": {},

@@ -6,6 +6,7 @@ from detectron2.modeling import build_model
 
 from ...detections import Detections
 from ..build import Detect
+from .rcnn import to_detections
 from .train import GroupSamplingCheckpointer, load_config
 
 __all__ = ["load_config", "load_detector"]
@@ -22,11 +23,6 @@ def load_detector(cfg, weights: str) -> Detect:
 
     def detect(images: list[np.ndarray]) -> list[Detections]:
         inputs = [{"image": torch.from_numpy(image).permute(2, 0, 1)} for image in images]
-        found = []
-        for output in model(inputs):
-            instances = output["instances"]
-            scales = instances.anchor_scales if instances.has("anchor_scales") else None
-            found.append(Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes, scales))
-        return found
+        return list(map(to_detections, model(inputs)))
 
     return detect

@@ -32,6 +32,7 @@ from torch.utils.data import SequentialSampler
 from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
+from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
@@ -188,8 +189,11 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         super().after_train()
-        if self.data_loader.summary():
-            logging.getLogger(__name__).warning(self.data_loader.summary())
+        if self.iter < self.max_iter:  # an error ends the training, and other processes may not be here
+            return
+        left_out = self.data_loader.summary()
+        if left_out:
+            logging.getLogger(__name__).warning(left_out)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -221,11 +225,11 @@ class Trainer(DefaultTrainer):
         return cls._build_loader(cfg, images[comm.get_rank() :: comm.get_world_size()])
 
     @staticmethod
-    def _build_loader(cfg: CfgNode, images: list[dict]):
+    def _build_loader(cfg: CfgNode, images: list[dict], *, skip_unreadable: bool = False):
         """Loader of this process's images. There may be none, which Detectron2's sampler and serialization refuse."""
         return build_detection_test_loader(
             DatasetFromList(images, copy=False, serialize=False),
-            mapper=GroupSamplingMapper(cfg, is_train=False),
+            mapper=GroupSamplingMapper(cfg, is_train=False, skip_unreadable=skip_unreadable),
             sampler=SequentialSampler(images),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
@@ -254,7 +258,7 @@ class Trainer(DefaultTrainer):
             evaluator = cls.build_evaluator(cfg, name)
             if isinstance(evaluator, GroupSamplingEvaluator):
                 share = evaluator.start(model, resume=resume)
-                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)))
+                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)), skip_unreadable=True)
             else:
                 loader = cls.build_test_loader(cfg, name)
             results[name] = inference_on_dataset(detector, loader, evaluator)
@@ -271,6 +275,14 @@ def _watch_losses(
         guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
 
 
+def _without_traceback(entry: logging.LogRecord) -> bool:
+    """Log filter: what a user can mend is a message in Detectron2's log as well."""
+    if entry.exc_info and entry.exc_info[1] is not None and is_expected(entry.exc_info[1]):
+        entry.msg, entry.args = f"Training ended: {describe(entry.exc_info[1])}", ()
+        entry.exc_info = None
+    return True
+
+
 def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
     """The checked config of a run: Detectron2's keys and this project's.
 
@@ -285,6 +297,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     defaults = cfg.clone()
     merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, "TEST.SUB_DETECTORS needs it")
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
@@ -301,6 +315,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="group_sampling")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     register_datasets(cfg)
     return cfg
 

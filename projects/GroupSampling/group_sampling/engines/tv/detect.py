@@ -7,7 +7,7 @@ from fvcore.common.config import CfgNode
 from ...detections import Detections
 from ..build import Detect
 from .config import load_config
-from .model import build_model
+from .model import build_model, to_detections
 from .train import GroupSamplingCheckpointer
 
 __all__ = ["load_config", "load_detector"]
@@ -24,9 +24,6 @@ def load_detector(cfg: CfgNode, weights: str) -> Detect:
 
     def detect(images: list[np.ndarray]) -> list[Detections]:
         inputs = [torch.from_numpy(image).permute(2, 0, 1).to(cfg.MODEL.DEVICE) for image in images]
-        return [
-            Detections(output["boxes"], output["scores"], output["labels"], output["anchor_scales"])
-            for output in model(inputs)
-        ]
+        return list(map(to_detections, model(inputs)))
 
     return detect

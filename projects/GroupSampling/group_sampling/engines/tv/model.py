@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from ...detections import Detections
 from ...head import SoftmaxRPNHead
 from ...inference import Proposals, proposals_to_detections
 from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
@@ -82,15 +83,39 @@ class GroupSamplingRCNN(GeneralizedRCNN):
     each: "boxes" (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,),
     0 ... K - 1. Returns the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a
     second stage, while training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the
-    image given.
+    image given, and with ``sub_detectors`` (Sec. 6.1) under "sub_detectors" such a dict of each anchor scale: what its
+    anchors find by themselves.
     """
+
+    def __init__(self, *args, sub_detectors: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sub_detectors = sub_detectors
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if self.training and targets and targets[0]["boxes"].device.type != "cpu":
             return self.losses(images, targets)
+        if self.sub_detectors and not self.training:
+            return self._detect(images)
         return super().forward(images, targets)
+
+    def _detect(self, images: list[Tensor]) -> list[dict[str, Tensor | dict[float, dict[str, Tensor]]]]:
+        """As ``GeneralizedRCNN.forward`` does at test time; backbone and head run once for all sub-detectors."""
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, _ = self.transform(images)
+        features = self.backbone(batch.tensors)
+
+        def finish(proposals: list[Proposals]) -> list[dict[str, Tensor]]:
+            detections, _ = self.roi_heads(features, proposals, batch.image_sizes)
+            return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
+
+        proposals, by_scale = self.rpn.propose_by_scale(batch, features)
+        found = finish(proposals)
+        for scale, proposals in by_scale.items():
+            for output, alone in zip(found, finish(proposals)):
+                output.setdefault("sub_detectors", {})[scale] = alone
+        return found
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What :meth:`forward` returns while training, without its check of the boxes, which waits for a GPU.
@@ -113,6 +138,24 @@ class GroupSamplingRCNN(GeneralizedRCNN):
     def sample_counts(self) -> dict[str, Tensor]:
         """``sample_counts`` of the RPN and, if there is one, of the second stage."""
         return {**self.rpn.sample_counts, **getattr(self.roi_heads, "sample_counts", {})}
+
+
+def to_detections(output: dict) -> Detections:
+    """One of the outputs of a :class:`GroupSamplingRCNN` in eval mode."""
+    by_scale = output.get("sub_detectors")
+    return Detections(
+        *(output[name] for name in ("boxes", "scores", "labels", "anchor_scales")),
+        by_scale and {scale: to_detections(alone) for scale, alone in by_scale.items()},
+    )
+
+
+def from_detections(found: Detections) -> dict:
+    """The output that :func:`to_detections` reads."""
+    *columns, by_scale = found
+    output = dict(zip(("boxes", "scores", "labels", "anchor_scales"), columns))
+    if by_scale is not None:
+        output["sub_detectors"] = {scale: from_detections(alone) for scale, alone in by_scale.items()}
+    return output
 
 
 def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
@@ -166,4 +209,5 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
             # As in Detectron2: an FPN pads to its coarsest stride, a plain ResNet not at all.
             2 ** stage_of(model.FPN.IN_FEATURES[-1]) if has_fpn else 1,
         ),
+        sub_detectors=cfg.TEST.SUB_DETECTORS,
     )

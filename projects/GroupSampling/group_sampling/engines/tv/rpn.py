@@ -1,5 +1,6 @@
 """torchvision's RPN with the anchors, samples and losses of the paper."""
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -78,17 +79,45 @@ class GroupSamplingRPN(SamplingModule, RegionProposalNetwork):
             return [], self._losses(grid, self.head.predictor(levels, grid), targets)
         logits, deltas = flatten_predictions(*self.head(levels))
         losses = self._losses(grid, predict_from(logits, deltas), targets) if self.training else {}
-        proposals = select_proposals(
+        return self._propose(grid, logits, deltas, images.image_sizes), losses
+
+    def propose_by_scale(
+        self, images: ImageList, features: dict[str, Tensor]
+    ) -> tuple[list[Proposals], dict[float, list[Proposals]]]:
+        """What :meth:`forward` proposes at test time, and what the anchors of each scale would by themselves.
+
+        One pass of the head gives both.
+
+        Returns:
+            proposals: per image.
+            by_scale: scale in pixels -> per image, with the same limits for a scale as for all together.
+        """
+        levels = list(features.values())
+        grid = self.anchor_generator.grid(levels)
+        logits, deltas = flatten_predictions(*self.head(levels))
+        propose = functools.partial(self._propose, grid, logits, deltas, images.image_sizes)
+        return propose(), {scale: propose(group=group) for group, scale in enumerate(grid.scales)}
+
+    def _propose(
+        self,
+        grid: AnchorGrid,
+        logits: Tensor,
+        deltas: Tensor,
+        image_sizes: list[tuple[int, int]],
+        *,
+        group: int | None = None,
+    ) -> list[Proposals]:
+        return select_proposals(
             grid,
             logits.detach(),
             deltas.detach(),
-            images.image_sizes,
+            image_sizes,
             pre_nms_topk=self.pre_nms_top_n(),
             post_nms_topk=self.post_nms_top_n(),
             nms_thresh=self.nms_thresh,
             min_size=self.min_size,
+            group=group,
         )
-        return proposals, losses
 
     def _losses(self, grid: AnchorGrid, predict: Predict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         gt_boxes = [target["boxes"] for target in targets]

@@ -27,9 +27,9 @@ from torchvision.ops import clip_boxes_to_image
 from ... import stop
 from ...checkpoint import CheckpointMixin
 from ...data.catalog import Catalog
-from ...data.loader import build_test_loader
+from ...data.loader import SkippedImage, build_test_loader
 from ...data.records import ImageRecord
-from ...detections import Detections
+from ...detections import Detections, map_lists
 from ...distributed import rank, world_size
 from ...env import collect_env
 from ...evaluation.run import Evaluation
@@ -47,7 +47,7 @@ from ..launch import launch
 from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
-from .model import GroupSamplingRCNN, build_model
+from .model import GroupSamplingRCNN, build_model, to_detections
 from .tta import GroupSamplingTTA
 
 logger = logging.getLogger(__name__)
@@ -197,8 +197,9 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
                 stop.save_and_stop(checkpointer, iteration, stopped.number)
             if writer and metrics:
                 writer.write(iteration, metrics)
-    if loader.summary():
-        logger.warning(loader.summary())
+    left_out = loader.summary()
+    if left_out:
+        logger.warning(left_out)
     metrics = evaluate(cfg, model, device, resume=resume)
     if writer:
         if metrics:
@@ -244,7 +245,7 @@ def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, re
         the mode in which it was.
 
     Raises:
-        UnreadableImageError: an image of the data set cannot be read.
+        BadDataError: more images cannot be read than ``DATALOADER.MAX_BAD_SHARE`` allows.
     """
     metrics = {}
     was_training = model.training
@@ -270,18 +271,29 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
         model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
     for done, example in enumerate(loader, start=1):
+        if isinstance(example, SkippedImage):
+            evaluation.skip(example.file, example.reason)
+            continue
         output = model([example.image.to(device).float()])[0]
-        (height, width), record = example.image.shape[-2:], example.record
-        factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)
-        boxes = clip_boxes_to_image(output["boxes"] * factors, (record.height, record.width))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        found = boxes[keep], *(output[name][keep] for name in ("scores", "labels", "anchor_scales"))
-        evaluation.add(record.image_id, Detections(*found).numpy())
+        record = example.record
+        found = _rescale(to_detections(output), example.image.shape[-2:], (record.height, record.width))
+        evaluation.add(record.image_id, found.numpy())
         now = time.perf_counter()
         if now - last_report > _PROGRESS_SECONDS:
             eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))
             logger.info(f"{name}: {done} of {len(loader)} images, eta: {eta}")
             last_report = now
+
+
+def _rescale(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
+    """From an image of (height, width) ``size`` to the ``original`` one; boxes that have no area there are left out."""
+    factors = found.boxes.new_tensor([original[1] / size[1], original[0] / size[0]] * 2)
+
+    def rescale(found: Detections) -> Detections:
+        boxes = clip_boxes_to_image(found.boxes * factors, original)
+        return found._replace(boxes=boxes).select((boxes[:, 2:] > boxes[:, :2]).all(dim=1))
+
+    return map_lists(rescale, found)
 
 
 def _mean_over_ranks(steps: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:

@@ -20,10 +20,11 @@ class WiderFaceResult:
         curves: (recall, precision) of each subset, float64 of shape (num_thresholds,), from the highest score threshold
             to the lowest; precision is nan where nothing was detected, recall is nan where the subset has no face.
         num_faces: faces counted in each subset.
-        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all (of which an
-            unmatched one of another size does not count in ``"size s"``).
-        counts: ``images``, ``faces`` (ignored ones included), ``detections``, ``images_without_predictions``,
-            ``images_without_faces`` (no box at all, not even an ignored one) and ``detections_without_faces`` on them.
+        num_detections: detections that each subset judges: those of the sub-detector for ``"@s"``, those near s in size
+            for ``"size s"``, which beside them judges all that take a face, else all.
+        counts: of the whole detector, ``images``, ``faces`` (ignored ones included), ``detections``,
+            ``images_without_predictions``, ``images_without_faces`` (no box at all, not even an ignored one) and
+            ``detections_without_faces`` on them.
         iou_thresh: IoU from which a detection takes a face.
     """
 

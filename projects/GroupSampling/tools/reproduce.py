@@ -15,6 +15,7 @@ Writes report.md, report.json and images/*.png under OUTPUT/SCALE; rows that wer
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -145,6 +145,37 @@ def plot_training(runs: Sequence[Run], path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_health(runs: Sequence[Run], path: Path) -> None:
+    """The head's health over the iterations: units that fire, norm of the gradients, and of each scale two panels.
+
+    Those of a scale are the spread of its logits, and by how much positives score higher than negatives.
+    """
+    scales = list(dict.fromkeys(scale for run in runs for scale in run.health_scales()))
+    titles = {"health/units": "share of the head's units that fire", "grad_norm": "norm of the gradients, median"}
+    titles["health/grad_norm_max"] = "norm of the gradients, largest"
+    figure = new_figure(3.4 * max(3, len(scales)), 9)
+    rows = figure.subplots(3, max(3, len(scales)), squeeze=False)
+    for axes, (key, title) in zip(rows[0], titles.items()):
+        for run in runs:
+            axes.plot(*run.series(key), label=run.name)
+        axes.set(title=title, yscale="linear" if key == "health/units" else "log")
+    rows[0][0].set_ylim(0, 1.05)
+    for spread, gap, scale in zip(*rows[1:], scales):
+        for run in runs:
+            spread.plot(*run.series(f"health/logit_std@{scale}"), label=run.name)
+            gap.plot(*run.score_gaps(scale), label=run.name)
+        spread.set(title=f"@{scale}: standard deviation of the logits", ylim=(0, None))
+        gap.set(title=f"@{scale}: score of positives − negatives", xlabel="iteration")
+        gap.axhline(0, color="black", linewidth=0.5)
+    for axes in rows.flatten():
+        if axes.lines:
+            axes.grid(alpha=0.3)
+        else:
+            axes.axis("off")
+    rows[0][0].legend()
+    save_figure(figure, path)
+
+
 def plot_detections(
     image: np.ndarray,
     faces: np.ndarray,

@@ -125,8 +125,8 @@ def sample_balance(
             draw(grid)
     for grid in list(waiting):
         draw(grid)
-    means = (tuple(row.tolist()) for row in np.concatenate([drawn, effective]) / len(records))
-    return SampleBalance(scales, *means, len(records))
+    means = [tuple(row.tolist()) for row in np.concatenate([drawn, effective]) / len(records)]
+    return SampleBalance(scales, means[0], means[1], means[2], means[3], num_images=len(records))
 
 
 def anchor_grid(cfg: CfgNode, height: int, width: int) -> AnchorGrid:

@@ -121,8 +121,9 @@ class Reproduction:
 
     def _differs_in_samples_alone(self, a: str, b: str) -> bool:
         cfgs = self.config(a), self.config(b)
-        if any(SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits for cfg in cfgs):
-            return False  # what they draw is not known before the training
+        samplers = [SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER] for cfg in cfgs]
+        if any(sampler.needs_logits or sampler.count_key is None for sampler in samplers):
+            return False  # what OHEM draws is not known before the training, and focal loss is another loss
         keys = {key for key, *_ in changed_keys(*(dump_config(cfg, get_cfg()) for cfg in cfgs))}
         return keys <= SAMPLING_KEYS
 

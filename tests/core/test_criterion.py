@@ -111,7 +111,35 @@ def test_ignore_regions_are_no_negatives():
     whole = [faces((-100, -100, 200, 200))]
     zeros = predict_from(torch.zeros(1, grid.num_anchors), torch.zeros(1, grid.num_anchors, 4))
     assert criterion(grid, zeros, [faces()], iteration=0).num_neg.tolist() == [256]
-    assert criterion(grid, zeros, [faces()], whole, iteration=0).num_neg.tolist() == [0]
+    nothing = criterion(grid, zeros, [faces()], whole, iteration=0)
+    assert nothing.num_neg.tolist() == [0] and nothing.classification == nothing.localization == 0
+
+
+@pytest.mark.parametrize("kind", ["group", "uniform", "focal"])
+def test_a_single_positive_the_first_anchor(kind):
+    """Each average over one anchor is its loss: not halved, and not that of its neighbor."""
+    grid = make_grid(sizes=(16,))
+    options = {"pos_iou": 0.9, "neg_iou": 0.4}
+    sampler = FocalSampler(**options) if kind == "focal" else SAMPLERS[kind](1, positive_fraction=1.0, **options)
+    logits, deltas = torch.full((1, grid.num_anchors), -100.0), torch.zeros(1, grid.num_anchors, 4)
+    logits[0, 0], deltas[0, 0, 0] = math.log(3), 0.5  # softmax 3/4; half a side aside, so IoU 1/3
+    result = AnchorCriterion(sampler)(grid, predict_from(logits, deltas), [grid.boxes()[:1]], iteration=0)
+    expected = -math.log(3 / 4) * (0.25 * (1 / 4) ** 2 if kind == "focal" else 1)
+    assert result.num_pos.tolist() == [1]
+    assert result.classification.item() == pytest.approx(expected, rel=1e-5)
+    assert result.localization.item() == pytest.approx(4 / 9, rel=1e-5)
+
+
+def test_smooth_l1_is_l1_unless_asked_for():
+    grid = make_grid(sizes=(16,))
+    deltas = torch.zeros(1, grid.num_anchors, 4)
+    deltas[..., 1] = 0.25
+    for options, expected in (({}, 0.25), ({"smooth_l1_beta": 1.0}, 0.5 * 0.25**2)):
+        criterion = AnchorCriterion(
+            GroupSampler(1, positive_fraction=1.0, pos_iou=0.9), box_loss_type="smooth_l1", **options
+        )
+        result = criterion(grid, predict_from(deltas[..., 0], deltas), [grid.boxes()[:1]], iteration=0)
+        assert result.localization.item() == pytest.approx(expected)
 
 
 def test_draws_differ_between_iterations_and_repeat_with_the_seed():

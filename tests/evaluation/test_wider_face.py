@@ -190,6 +190,7 @@ def test_hand_worked_case():
 def test_no_detections_and_no_faces():
     evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]]}, subsets={"easy": {"a": [False]}})
     result = evaluator.compute()
+    assert len(result.curves["all"][0]) == 1000 and result.iou_thresh == 0.5, "as published"
     assert result.ap["all"] == 0 and math.isnan(result.ap["easy"])
     assert result.counts["images_without_predictions"] == 1
     empty = WiderFaceAP({}).compute()

@@ -44,7 +44,7 @@ SELECTIONS = {
     "inference": (["core/test_inference.py"], ""),
     "boxes": (["core/test_boxes_and_losses.py"], ""),
     "losses": (["core/test_boxes_and_losses.py", "core/test_roi_sampling.py"], "not draw"),
-    "pyramid": (["core/test_pyramid.py"], "not mirrored and not of_many and not picture"),
+    "pyramid": (["core/test_pyramid.py"], "not of_many and not picture"),
     "evaluation/wider_face/ap": (
         ["evaluation/test_wider_face.py", "evaluation/test_wider_breakdown.py"],
         "not plot and not imported and not curves and not json "

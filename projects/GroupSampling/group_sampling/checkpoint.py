@@ -1,11 +1,12 @@
 """Files of weights that either engine reads.
 
 Both engines have the same parameters under different names. A checkpoint of one engine, of the other, or a plain
-torchvision ResNet is recognized by its names and converted while it is loaded, or by
+torchvision classifier is recognized by its names and converted while it is loaded, or by
 ``python -m group_sampling.checkpoint``.
 """
 
 import argparse
+import difflib
 import os
 import re
 import zipfile
@@ -20,19 +21,14 @@ from .config import ConfigError
 from .errors import UserError, add_debug_flag, exit_on_error
 from .files import atomic_file, open_regular
 
-# torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
-# The eight hex digits are the start of the file's SHA-256, which torch.hub verifies.
-TORCHVISION_WEIGHTS = {
-    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-}
+# `torchvision://resnet50` are torchvision's ImageNet weights IMAGENET1K_V1: the recipe of the paper's time.
 TORCHVISION_PREFIX = "torchvision://"
 
 # (Detectron2's name, torchvision's name); {s} stands for a number, {s-1} for that number minus one. Detectron2's ResNet
-# is the backbone itself, or its "bottom_up" under an FPN.
+# is the backbone itself, or its "bottom_up" under an FPN. "extractor" is another network of torchvision, whose names
+# below are torchvision's on both engines.
 _NAMES = (
+    ("backbone.extractor.", "backbone.body.extractor."),
     ("backbone.stem.conv1.norm.", "backbone.body.bn1."),
     ("backbone.stem.conv1.", "backbone.body.conv1."),
     ("backbone.res{s}.{b}.shortcut.norm.", "backbone.body.layer{s-1}.{b}.downsample.1."),
@@ -48,7 +44,7 @@ _NAMES = (
     ("roi_heads.box_head.fc2.", "roi_heads.box_head.fc7."),
 )
 _FPN_NAMES = ("backbone.fpn", "backbone.bottom_up.")
-_RESNET = re.compile(r"backbone\.(stem|res\d)\.")
+_BOTTOM_UP = re.compile(r"backbone\.(stem|res\d|extractor)\.")
 _FIELD = re.compile(r"\{(\w)(?:-(\d))?\}")
 
 
@@ -102,7 +98,7 @@ def convert_names(state_dict: Mapping[str, Tensor], naming: str, *, has_fpn: boo
             if match:
                 name = write(match) + name[match.end() :]
                 break
-        if naming == "detectron2" and has_fpn and _RESNET.match(name):
+        if naming == "detectron2" and has_fpn and _BOTTOM_UP.match(name):
             name = name.replace("backbone.", "backbone.bottom_up.", 1)
         converted[name] = value
     _reorder_box_predictor(converted, naming)
@@ -140,10 +136,24 @@ def is_optional(name: str) -> bool:
 
 def convert_in_place(state_dict: dict[str, Tensor], naming: str, model: nn.Module) -> None:
     """:func:`convert_names` for ``model``, whose names are those of ``naming``."""
-    has_fpn = any(name.startswith(_FPN_NAMES) for name in model.state_dict())
-    converted = convert_names(state_dict, naming, has_fpn=has_fpn)
+    expected = model.state_dict()
+    weights = _below_extractor(state_dict, expected)
+    has_fpn = any(name.startswith(_FPN_NAMES) for name in expected)
+    converted = convert_names(weights, naming, has_fpn=has_fpn)
     state_dict.clear()
     state_dict.update(converted)
+
+
+def _below_extractor(state_dict: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a torchvision classifier under the names that a model with its ``extractor`` has for them."""
+    body = next((name.partition("extractor.")[0] for name in expected if "extractor." in name), None)
+    if body is None or any(name.startswith("backbone.") for name in state_dict):
+        return state_dict
+    # The files of torchvision's DenseNets are older than the names of their layers.
+    names = {name: re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name) for name in state_dict}
+    classifier = {f"{body}extractor.{names[name]}": value for name, value in state_dict.items()}
+    found = {name: value for name, value in classifier.items() if name in expected}
+    return found or state_dict
 
 
 def refuse_partial_weights(
@@ -178,6 +188,21 @@ def refuse_partial_weights(
         )
 
 
+def _weights_url(path: str, name: str) -> str:
+    """Where torchvision has the weights of a classifier; their hash is part of the address."""
+    import torchvision.models  # as late as this: only the engines' models need it otherwise
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    weights = torchvision.models.get_model_weights(name).__members__ if name in names else {}
+    if "IMAGENET1K_V1" not in weights:
+        close = difflib.get_close_matches(name, names) or ["resnet50"]
+        raise ConfigError(
+            f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by a classifier of torchvision.models "
+            f"that has weights IMAGENET1K_V1, such as {' or '.join(close)}"
+        )
+    return weights["IMAGENET1K_V1"].url
+
+
 def resolve_weights(path: str) -> str:
     """Turn ``MODEL.WEIGHTS`` into a local file; ``torchvision://resnet50`` is downloaded (and checked) by torch.hub.
 
@@ -186,12 +211,7 @@ def resolve_weights(path: str) -> str:
     """
     if path.startswith(TORCHVISION_PREFIX):
         name = path[len(TORCHVISION_PREFIX) :]
-        if name not in TORCHVISION_WEIGHTS:
-            raise ConfigError(
-                f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by one of "
-                f"{sorted(TORCHVISION_WEIGHTS)}"
-            )
-        url = TORCHVISION_WEIGHTS[name]
+        url = _weights_url(path, name)
         local = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
         if not local.exists():
             local.parent.mkdir(parents=True, exist_ok=True)

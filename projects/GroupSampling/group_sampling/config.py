@@ -60,6 +60,15 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # A negative anchor whose area lies in one ignore region (WIDER FACE "invalid") by this share is not sampled.
     gs.IGNORE_IOA = 0.5
 
+    # With MODEL.BACKBONE.NAME build_torchvision_fpn_backbone, on either engine: what is below the FPN, a classifier of
+    # torchvision.models that has features at strides 4 to 32 (mobilenet_v3_large, efficientnet_b0, convnext_tiny, ...).
+    # MODEL.FPN.IN_FEATURES calls them "res2" ... "res5"; FREEZE_AT counts their stages. Of MODEL.RESNETS only NORM
+    # matters: FrozenBN or BN.
+    cfg.MODEL.BACKBONE.TORCHVISION_NAME = "resnet50"
+    # With MODEL.BACKBONE.NAME build_group_sampling_fpn_backbone, on Detectron2's engine: what is below the FPN, any
+    # name of its BACKBONE_REGISTRY, to which engines/d2/bottom_up.py adds RegNet, Swin and ViT.
+    cfg.MODEL.BACKBONE.BOTTOM_UP = "build_group_sampling_resnet_backbone"
+
     # Factors of the random resize; applied together with INPUT.CROP (TYPE "absolute") and INPUT.RANDOM_FLIP.
     cfg.INPUT.SCALE_JITTER = SCALE_JITTER
     # A face of which less than this share of its area is left after the crop is dropped.
@@ -233,6 +242,7 @@ def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
     project = type(cfg)(new_allowed=True)
     for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST"):
         project[name] = type(cfg)()
+    project.MODEL.BACKBONE = type(cfg)()
     add_group_sampling_config(project)
     own = set(_keys(project))
 

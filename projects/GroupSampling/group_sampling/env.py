@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -93,6 +94,18 @@ def collect_env() -> list[tuple[str, str]]:
         missing = catalog[name].missing_paths
         rows.append((f"  {name}", f"missing {', '.join(missing)}" if missing else "found"))
     return rows
+
+
+def hardware(device: str) -> dict[str, object]:
+    """What a measurement on "cpu" or "cuda" names: "cpu", "cores", "machine", and "gpu" of a GPU."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    result: dict[str, object] = {"cpu": cpu, "cores": os.cpu_count(), "machine": platform.machine()}
+    if device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+    return result
 
 
 def main() -> None:

@@ -177,6 +177,7 @@ class _RandomSampler(AnchorSampler):
     """
 
     num_samples: int
+    max_positives: int
 
     def __init__(self, num_samples: int, *, positive_fraction: float = 0.25, **options: Any):
         super().__init__(num_samples, **options)

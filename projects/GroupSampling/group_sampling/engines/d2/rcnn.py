@@ -36,7 +36,7 @@ class GroupSamplingRCNN(GeneralizedRCNN):
         if sub_detectors and not isinstance(self.proposal_generator, GroupSamplingRPN):
             raise ConfigError(
                 "TEST.SUB_DETECTORS: expected MODEL.PROPOSAL_GENERATOR.NAME GroupSamplingRPN with it, got "
-                f"{type(self.proposal_generator).__name__}"
+                f"{type(self.proposal_generator).__name__}; with False there is no AP@16, ..."
             )
         self.sub_detectors = sub_detectors
         self.register_load_state_dict_pre_hook(_prepare_weights)

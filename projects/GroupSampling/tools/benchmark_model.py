@@ -30,11 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 from group_sampling.checkpoint import saved_config
-from group_sampling.config import ConfigError
-from group_sampling.data.records import UnreadableImageError
 from group_sampling.detector import ENGINE_MODULES
 from group_sampling.engines.build import SINGLE_STAGE_HEADS
 from group_sampling.env import ENGINES, collect_env, hardware, resolve_engine
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.faces import as_image
 from group_sampling.files import write_json
 from group_sampling.version import __version__
@@ -263,19 +262,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_debug_flag(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config; last")
     args = parser.parse_args(argv)
     for name in ("batch_size", "seconds", "threads"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
-    try:
+    with exit_on_error("benchmark_model.py", args):
         report = run(args)
         print(table(report))
         if args.json:
             write_json(args.json, report)
-    except (ConfigError, UnreadableImageError, ModuleNotFoundError, ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
 
 
 if __name__ == "__main__":

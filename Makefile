@@ -1,4 +1,4 @@
-# make demo | test | test-slow | sanitize | bench | lint | format | env
+# make demo | test | test-slow | sanitize | mutants | bench | lint | format | env
 # Each sets up .venv first (once). DETECTRON2=<wheel, folder or URL> adds Detectron2 to it.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csr
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 PYTEST_ARGS ?=
 
-.PHONY: env demo test test-slow sanitize bench lint format clean
+.PHONY: env demo test test-slow sanitize mutants bench lint format clean
 
 $(VENV)/.dependencies: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
@@ -50,6 +50,9 @@ test-slow: env
 
 sanitize: env  # the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PY) -m pytest -m slow tests/ops/test_op_builds.py -k sanitizers
+
+mutants: env  # changes the core's code, one small change at a time: do its tests notice? MODULES="boxes losses" for a part
+	$(PY) tests/mutation/run.py $(if $(MODULES),--modules $(MODULES))
 
 bench: env
 	$(PY) $(PROJECT)/benchmarks/bench_matcher.py

@@ -87,20 +87,21 @@ def build(csrc=REPOSITORY / "csrc", folder=REPOSITORY / "build/cuda_emulation"):
     """
     folder.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    own_headers = _contents(HERE.rglob("*.h"))
+    cuda = _contents((HERE / "include").rglob("*.h"))
+    runtime = _contents(HERE.rglob("*.h"))
     jobs = []
 
     kernel_headers = _contents(csrc.rglob("*.h"))
     for path in sorted((csrc / "cuda").glob("*.cu")):
         text = rewritten(path.read_text())
-        key = _digest(version, *KERNEL_FLAGS, *own_headers, *kernel_headers, text)
+        key = _digest(version, *KERNEL_FLAGS, *cuda, *kernel_headers, text)
         source = folder / f"{path.stem}-{key}.cpp"
         source.write_text(text)
         include = ["-I", str(csrc / "cuda"), "-I", str(HERE / "include")]
         jobs.append((source.with_suffix(".o"), compiler(), *FLAGS, *KERNEL_FLAGS, *include, "-c", str(source)))
 
     for name in ("memory.cpp", "scheduler.cpp"):
-        key = _digest(version, *RUNTIME_FLAGS, *own_headers, (HERE / name).read_text())
+        key = _digest(version, *RUNTIME_FLAGS, *runtime, (HERE / name).read_text())
         command = [compiler(), *FLAGS, *RUNTIME_FLAGS, "-I", str(HERE / "include"), "-c", str(HERE / name)]
         jobs.append((folder / f"{name[:-4]}-{key}.o", *command))
 
@@ -113,7 +114,7 @@ def build(csrc=REPOSITORY / "csrc", folder=REPOSITORY / "build/cuda_emulation"):
         version,
         torch.__version__,
         *OPERATOR_FLAGS,
-        *own_headers,
+        *runtime,
         *host_headers,
         *_contents(sources),
         operators.read_text(),

@@ -51,8 +51,8 @@ const char* verb(Access access) {
 }  // namespace
 
 Memory::Memory() : owner_(kArenaPages) {
-  void* arena = mmap(nullptr, kArenaPages * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                     -1, 0);
+  void* arena =
+      mmap(nullptr, kArenaPages * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (arena == MAP_FAILED) throw std::runtime_error("emulated CUDA: no address space for device memory");
   arena_ = static_cast<unsigned char*>(arena);
 }
@@ -142,7 +142,8 @@ std::string Memory::check(const void* address, size_t size, Access access, const
            std::to_string(array->end - array->begin) + " bytes";
   };
   if (first < array->begin || first + size > array->end) return "bounds: " + where();
-  if (array->block != kNoBlock && array->block != int64_t(place.block)) return "bounds: " + where() + " of another block";
+  if (array->block != kNoBlock && array->block != int64_t(place.block))
+    return "bounds: " + where() + " of another block";
   const size_t offset = first - array->begin;
   if (array->log_granule == 2 && (offset | size) % 4 != 0) split(*array);
 

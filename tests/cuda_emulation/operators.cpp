@@ -34,9 +34,9 @@ std::vector<Registration>& registrations() {
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_FRAGMENT(ns, m) [[maybe_unused]] static void C10_CONCATENATE(schema_, C10_UID)(torch::Library & m)
 #define TORCH_LIBRARY_IMPL(ns, key, m) GS_IMPL(C10_CONCATENATE(register_, C10_UID), m)
-#define GS_IMPL(name, m)                                                                                         \
-  static void name(torch::Library&);                                                                             \
-  static const bool C10_CONCATENATE(name, _listed) = (emulation::registrations().push_back(name), true);         \
+#define GS_IMPL(name, m)                                                                                 \
+  static void name(torch::Library&);                                                                     \
+  static const bool C10_CONCATENATE(name, _listed) = (emulation::registrations().push_back(name), true); \
   static void name(torch::Library& m)
 
 #include "sources.inc"  // every .cpp of csrc/ and csrc/cuda/, see build.py

@@ -3,12 +3,12 @@
 // (-fsanitize=thread, without its library) and every basic block (-fsanitize-coverage=trace-pc) of the kernels.
 #include "scheduler.h"
 
-#include <csetjmp>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <array>
+#include <csetjmp>
 #include <cstring>
 #include <deque>
 #include <iomanip>
@@ -31,6 +31,7 @@ namespace {
 constexpr unsigned int kWarp = 32, kWholeWarp = 0xFFFFFFFFu, kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024, kMaxShared = 48 * 1024;
 constexpr int64_t kMaxSteps = 4'000'000;  // basic blocks of one thread in one launch; a full-size scene takes 40,000
+constexpr int64_t kPatience = kMaxSteps / 32;  // a thread that takes as many is not interrupted any more
 
 struct Warp {
   unsigned int lanes = 0, arrived = 0, turn = 0;
@@ -128,7 +129,7 @@ void check_repeated() {
 void access(const void* address, size_t size, Access kind) {
   Fiber& me = *current;
   check_repeated();
-  if (--me.slice == 0) {
+  if (--me.slice == 0 && me.steps < kPatience) {
     me.state = State::kReady;
     to_scheduler();
   }
@@ -200,7 +201,8 @@ class Fibers {
       free_.pop_back();
       return fiber;
     }
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("emulated CUDA: no memory for a thread's stack");
     // Stacks that end at the same address modulo a page would share a few lines of the cache.
     const size_t unused = fibers_.size() % 64 * 1088;
@@ -242,8 +244,11 @@ class Launch {
     failure.clear();
     while (!waiting_.empty() || !blocks_.empty()) {
       while (!waiting_.empty() && blocks_.size() < resident_) start_block();
-      if (ready.empty()) failure = describe_waiting();
-      if (failure.empty()) turn();
+      if (ready.empty()) {
+        failure = describe_waiting();
+      } else {
+        turn();
+      }
       if (!failure.empty()) {
         fibers_->abandon();
         blocks_.clear();
@@ -320,8 +325,8 @@ class Launch {
       at_barrier += fiber->state == State::kAtBarrier;
       at_warp += fiber->state == State::kAtWarp;
     }
-    return "divergence: of " + std::to_string(block.threads) + " threads of block " + std::to_string(block.number) + ", " +
-           std::to_string(at_barrier) + " wait at the barrier in line " + std::to_string(block.line) + ", " +
+    return "divergence: of " + std::to_string(block.threads) + " threads of block " + std::to_string(block.number) +
+           ", " + std::to_string(at_barrier) + " wait at the barrier in line " + std::to_string(block.line) + ", " +
            std::to_string(at_warp) + " for other lanes, and the rest have ended";
   }
 
@@ -491,14 +496,14 @@ void launch(const char* name, const dim3& grid, const dim3& block, void (*call)(
 
 }  // namespace emulation
 
-#define GS_HOOK(bytes)                                                                                    \
-  extern "C" void __tsan_read##bytes(void* address) {                                                     \
-    emulation::instrumented(address, bytes, emulation::Access::kRead);                                    \
-  }                                                                                                       \
-  extern "C" void __tsan_write##bytes(void* address) {                                                    \
-    emulation::instrumented(address, bytes, emulation::Access::kWrite);                                   \
-  }                                                                                                       \
-  extern "C" void __tsan_unaligned_read##bytes(void* address) { __tsan_read##bytes(address); }            \
+#define GS_HOOK(bytes)                                                                         \
+  extern "C" void __tsan_read##bytes(void* address) {                                          \
+    emulation::instrumented(address, bytes, emulation::Access::kRead);                         \
+  }                                                                                            \
+  extern "C" void __tsan_write##bytes(void* address) {                                         \
+    emulation::instrumented(address, bytes, emulation::Access::kWrite);                        \
+  }                                                                                            \
+  extern "C" void __tsan_unaligned_read##bytes(void* address) { __tsan_read##bytes(address); } \
   extern "C" void __tsan_unaligned_write##bytes(void* address) { __tsan_write##bytes(address); }
 GS_HOOK(1)
 GS_HOOK(2)

@@ -143,6 +143,7 @@ def test_rpn_in_a_stock_meta_architecture(make_cfg):
     """The proposal generator alone, in Detectron2's own GeneralizedRCNN with its standard ROI heads."""
     cfg = make_cfg(
         *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+        *("TEST.SUB_DETECTORS", "False"),
         *("MODEL.ROI_HEADS.IN_FEATURES", "['p2']", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
         *(
             "MODEL.ROI_BOX_HEAD.NUM_FC",

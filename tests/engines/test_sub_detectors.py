@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -47,7 +48,13 @@ def write_set(folder, images, faces):
 
 # From the head's outputs to AP in plain Python.
 
-PRE_NMS, POST_NMS, MOST = 120, 90, 20
+
+class Limits(NamedTuple):
+    """Of one scale in an image: candidates, boxes inside the image, detections."""
+
+    pre_nms: int
+    post_nms: int
+    most: int
 
 
 def plain_iou(a, b):
@@ -73,7 +80,7 @@ def clipped(rows, height, width):
     return [(score, box) for score, box in rows if box[2] > box[0] and box[3] > box[1]]
 
 
-def plain_sub_detector(hidden, head, scale, height, width):
+def plain_sub_detector(hidden, head, scale, height, width, limits):
     """(score, box) of what the anchors of ``scale`` find in an image, from what the head's convolution gives for it.
 
     Args:
@@ -94,21 +101,21 @@ def plain_sub_detector(hidden, head, scale, height, width):
             w, h = scale * math.exp(dw), scale * math.exp(dh)
             box = [center_x - w / 2, center_y - h / 2, center_x + w / 2, center_y + h / 2]
             candidates.append((math.exp(face) / (math.exp(face) + math.exp(background)), box))
-    candidates = sorted(candidates, key=lambda row: -row[0])[:PRE_NMS]
-    candidates = clipped(candidates, height, width)[:POST_NMS]
-    return plain_nms([row for row in candidates if row[0] > 0.01])[:MOST]
+    candidates = sorted(candidates, key=lambda row: -row[0])[: limits.pre_nms]
+    candidates = clipped(candidates, height, width)[: limits.post_nms]
+    return plain_nms([row for row in candidates if row[0] > 0.01])[: limits.most]
 
 
-def plain_pyramid(maps, head, scale, size, levels):
+def plain_pyramid(maps, head, scale, size, levels, limits):
     """The same of an image (height, width) ``size`` seen at ``levels``, one entry of ``maps`` each."""
     height, width = size
     found = []
     for hidden, level in zip(maps, levels):
         h, w = round(level * height), round(level * width)
-        rows = plain_sub_detector(hidden, head, scale, h, w)
+        rows = plain_sub_detector(hidden, head, scale, h, w, limits)
         rows = [(s, [v * f for v, f in zip(box, (width / w, height / h) * 2)]) for s, box in rows]
-        found += clipped(rows, height, width)[:MOST]
-    return plain_nms(found)[:MOST] if len(levels) > 1 else found
+        found += clipped(rows, height, width)
+    return plain_nms(found)[: limits.most] if len(levels) > 1 else found
 
 
 class InDouble(nn.Module):
@@ -127,13 +134,17 @@ class InDouble(nn.Module):
         return self.model([image.double() for image in images])
 
 
-@pytest.mark.parametrize("levels", [(1.0,), (1.0, 0.5)], ids=["single scale", "two levels"])
-def test_ap_equals_plain_python(tmp_path, levels):
+@pytest.mark.parametrize(
+    "levels, limits",
+    [((1.0,), Limits(pre_nms=40, post_nms=100, most=9)), ((1.0, 0.5), Limits(pre_nms=150, post_nms=40, most=9))],
+    ids=["single scale", "two levels"],
+)
+def test_ap_equals_plain_python(tmp_path, levels, limits):
     rng = np.random.default_rng(5)
     sizes = {"a": (64, 96), "b": (50, 70), "c": (64, 64)}
     images = {name: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for name, size in sizes.items()}
-    opts = ["MODEL.RPN.PRE_NMS_TOPK_TEST", PRE_NMS, "MODEL.RPN.POST_NMS_TOPK_TEST", POST_NMS]
-    opts += ["TEST.DETECTIONS_PER_IMAGE", MOST, "TEST.PYRAMID.SCALES", levels if len(levels) > 1 else ()]
+    opts = ["MODEL.RPN.PRE_NMS_TOPK_TEST", limits.pre_nms, "MODEL.RPN.POST_NMS_TOPK_TEST", limits.post_nms]
+    opts += ["TEST.DETECTIONS_PER_IMAGE", limits.most, "TEST.PYRAMID.SCALES", levels if len(levels) > 1 else ()]
     opts += ["INPUT.MIN_SIZE_TEST", 0]
     config = write_tiny_config(tmp_path)
 
@@ -154,7 +165,7 @@ def test_ap_equals_plain_python(tmp_path, levels):
         assert len(maps) == len(levels) * len(sizes)
         of_image = dict(zip(sizes, (maps[i : i + len(levels)] for i in range(0, len(maps), len(levels)))))
         return metrics, {
-            scale: {name: plain_pyramid(of_image[name], weights, scale, sizes[name], levels) for name in sizes}
+            scale: {n: plain_pyramid(of_image[n], weights, scale, sizes[n], levels, limits) for n in sizes}
             for scale in SCALES
         }
 

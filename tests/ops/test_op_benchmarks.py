@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from group_sampling.ops import extension_status
 
@@ -56,15 +55,11 @@ def test_bench_iteration(repository, tmp_path):
 
 @pytest.mark.slow
 def test_bench_sub_detectors(repository, tmp_path):
-    from group_sampling.engines.tv.config import load_config
-    from group_sampling.engines.tv.model import build_model
-
     config = repository / "projects/GroupSampling/configs/quick/demo_fpn_finest_sampling.yaml"
-    torch.save({"model": build_model(load_config(str(config))).state_dict()}, tmp_path / "model.pth")
     out = run(
         repository,
         "bench_sub_detectors.py",
-        *("--weights", tmp_path / "model.pth", "--config-file", config, "--repeats", 1, "--threads", 1),
+        *("--config-file", config, "--repeats", 1, "--threads", 1),
         *("--json", tmp_path / "report.json", "DATASETS.SYNTHETIC.NUM_VAL", 2, "TEST.PYRAMID.SCALES", "(0.5, 1.0)"),
     )
     report = json.loads((tmp_path / "report.json").read_text())

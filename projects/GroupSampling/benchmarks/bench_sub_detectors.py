@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """What the lists of the sub-detectors (TEST.SUB_DETECTORS: AP@16, ...) cost an evaluation.
 
-    python bench_sub_detectors.py --weights model_final.pth [--config-file FILE] [--repeats 3] [--threads N]
+    python bench_sub_detectors.py [--weights model_final.pth] [--config-file FILE] [--repeats 3] [--threads N]
                                   [--json FILE] [KEY VALUE ...]
 
 Evaluates DATASETS.TEST with the torchvision engine as train_net.py --eval-only does, in turn without the lists and with
 them, and checks that all other figures are equal. Reports the seconds of the detector, and of the whole evaluation:
 reading images, the pyramid's merge, scoring and writing files are in it. One evaluation of each kind goes ahead and is
-not counted.
+not counted. Without weights they are random: all boxes score alike and fill every list, an upper bound.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run(cfg, model: torch.nn.Module, *, sub_detectors: bool) -> tuple[dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="checkpoint of either engine")
+    parser.add_argument("--weights", default="", help="checkpoint of either engine")
     parser.add_argument("--config-file", default="", help="needed for weights that do not carry their config")
     parser.add_argument("--repeats", type=int, default=3, help="evaluations of each kind, of which the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -59,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     saved = saved_config(args.config_file, args.weights, needed_by="--weights")
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", folder], saved=saved)
+        torch.manual_seed(0)
         model = build_model(cfg).to(cfg.MODEL.DEVICE).eval()
-        GroupSamplingCheckpointer(model).load(args.weights)
+        if args.weights:
+            GroupSamplingCheckpointer(model).load(args.weights)
         seconds: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         for repeat in range(args.repeats + 1):
             metrics = {}
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise SystemExit(f"{name}: expected the same with the lists, got {value} and {metrics[True][name]}")
         num_images = len(load_records(cfg, cfg.DATASETS.TEST))
     report = {
-        "config": {"data": list(cfg.DATASETS.TEST), "pyramid": list(cfg.TEST.PYRAMID.SCALES), "opts": args.opts},
+        "config": {"file": args.config_file, "data": list(cfg.DATASETS.TEST), "opts": args.opts},
+        "pyramid": list(cfg.TEST.PYRAMID.SCALES),
+        "random_weights": not args.weights,
         "roi_heads": cfg.MODEL.ROI_HEADS.NAME,
         "images": num_images,
         "metrics": metrics[True],

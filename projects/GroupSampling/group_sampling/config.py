@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import yaml
 from fvcore.common.config import CfgNode
 
@@ -60,6 +59,15 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     gs.SECOND_PASS = "all"
     # A negative anchor whose area lies in one ignore region (WIDER FACE "invalid") by this share is not sampled.
     gs.IGNORE_IOA = 0.5
+
+    # With MODEL.BACKBONE.NAME build_torchvision_fpn_backbone, on either engine: what is below the FPN, a classifier of
+    # torchvision.models that has features at strides 4 to 32 (mobilenet_v3_large, efficientnet_b0, convnext_tiny, ...).
+    # MODEL.FPN.IN_FEATURES calls them "res2" ... "res5"; FREEZE_AT counts their stages. Of MODEL.RESNETS only NORM
+    # matters: FrozenBN or BN.
+    cfg.MODEL.BACKBONE.TORCHVISION_NAME = "resnet50"
+    # With MODEL.BACKBONE.NAME build_group_sampling_fpn_backbone, on Detectron2's engine: what is below the FPN, any
+    # name of its BACKBONE_REGISTRY, to which engines/d2/bottom_up.py adds RegNet, Swin and ViT.
+    cfg.MODEL.BACKBONE.BOTTOM_UP = "build_group_sampling_resnet_backbone"
 
     # Factors of the random resize; applied together with INPUT.CROP (TYPE "absolute") and INPUT.RANDOM_FLIP.
     cfg.INPUT.SCALE_JITTER = SCALE_JITTER
@@ -162,6 +170,12 @@ def _check_bases(file: str, chain: tuple[str, ...]) -> None:
         raise ConfigError(f"{where}: not plain YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: expected keys and values, got {content!r:.80}")
+    try:
+        odd = next(iter(_odd_keys(content)), None)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: expected values that end, got one that contains itself") from error
+    if odd is not None:
+        raise ConfigError(f"{where}: expected names as keys, got {odd!r}")
     bases = content.get(_BASE, [])
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and base for base in bases):
@@ -172,6 +186,14 @@ def _check_bases(file: str, chain: tuple[str, ...]) -> None:
         if any(os.path.realpath(path) == os.path.realpath(link) for link in chain):
             raise ConfigError(f"{where} -> {path}: expected a {_BASE} that ends, got a circle")
         _check_bases(path, (*chain, path))
+
+
+def _odd_keys(content: Any) -> Iterable[Any]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                yield key
+            yield from _odd_keys(value)
 
 
 def _check_members(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
@@ -185,9 +207,12 @@ def _check_members(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
         if isinstance(value, CfgNode):
             _check_members(value, default if isinstance(default, CfgNode) else CfgNode(), f"{prefix}{name}.")
         elif isinstance(value, list | tuple) and isinstance(default, list | tuple):
-            kinds = {_kind(member) for member in _leaves(default)}
-            if kinds and not {_kind(member) for member in _leaves(value)} <= kinds:
+            kinds = {_kind(member) for member in leaves(default)} or _ANY_KIND
+            if not {_kind(member) for member in leaves(value)} <= kinds:
                 raise ConfigError(f"{prefix}{name}: expected {' and '.join(sorted(kinds))}, got {value!r}")
+
+
+_ANY_KIND = {"numbers", "values of type str", "values of type bool"}  # where the default is empty
 
 
 def _kind(member: Any) -> str:
@@ -195,10 +220,11 @@ def _kind(member: Any) -> str:
     return "numbers" if is_number else f"values of type {type(member).__name__}"
 
 
-def _leaves(value: Any) -> Iterable[Any]:
+def leaves(value: Any) -> Iterable[Any]:
+    """The members of nested lists and tuples, or the value itself."""
     if isinstance(value, list | tuple):
         for member in value:
-            yield from _leaves(member)
+            yield from leaves(member)
     else:
         yield value
 
@@ -216,6 +242,7 @@ def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
     project = type(cfg)(new_allowed=True)
     for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST"):
         project[name] = type(cfg)()
+    project.MODEL.BACKBONE = type(cfg)()
     add_group_sampling_config(project)
     own = set(_keys(project))
 
@@ -278,110 +305,6 @@ def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> 
             raise ConfigError(f"{key}: expected {' or '.join(map(repr, values))}, got {value!r}: {reason}")
 
 
-# Lowest and highest value, both included; for a list, of its members.
-_INF = float("inf")
-_RANGES: dict[str, tuple[float, float]] = {
-    "SEED": (-1, 2**31 - 1),
-    "SOLVER.MAX_ITER": (1, _INF),
-    "SOLVER.IMS_PER_BATCH": (1, _INF),
-    "SOLVER.BASE_LR": (0, 1e6),
-    "SOLVER.MOMENTUM": (0, 1),
-    "SOLVER.WEIGHT_DECAY": (0, 1e6),
-    "SOLVER.WEIGHT_DECAY_NORM": (0, 1e6),
-    "SOLVER.GAMMA": (0, 1e6),
-    "SOLVER.STEPS": (1, _INF),
-    "SOLVER.WARMUP_FACTOR": (0, 1e6),
-    "SOLVER.WARMUP_ITERS": (0, _INF),
-    "SOLVER.CHECKPOINT_PERIOD": (1, _INF),
-    "DATALOADER.NUM_WORKERS": (0, 256),
-    "DATALOADER.MAX_BAD_SHARE": (0, 1),
-    "INPUT.SCALE_JITTER": (0.01, 100),
-    "INPUT.MIN_VISIBLE": (0, 1),
-    "INPUT.MIN_SIZE_TEST": (0, 2**16),
-    "INPUT.MAX_SIZE_TEST": (0, 2**16),
-    "MODEL.ANCHOR_GENERATOR.SIZES": (1e-3, 1e6),
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (1e-3, 1e3),
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
-    "MODEL.RPN.POSITIVE_FRACTION": (0, 1),
-    "MODEL.RPN.NMS_THRESH": (0, 1),
-    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": (1, _INF),
-    "MODEL.RPN.PRE_NMS_TOPK_TEST": (1, _INF),
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": (1, _INF),
-    "MODEL.RPN.POST_NMS_TOPK_TEST": (1, _INF),
-    "MODEL.ROI_HEADS.NUM_CLASSES": (1, _INF),
-    "MODEL.ROI_HEADS.NMS_THRESH_TEST": (0, 1),
-    "TEST.EVAL_PERIOD": (0, _INF),
-    "TEST.DETECTIONS_PER_IMAGE": (1, _INF),
-    "TEST.PYRAMID.SCALES": (0.01, 100),
-}
-
-
-def _check_ranges(cfg: CfgNode) -> None:
-    for key, (low, high) in _RANGES.items():
-        value = get_value(cfg, key)
-        for number in _leaves(value):
-            if not isinstance(number, int | float) or isinstance(number, bool) or not low <= number <= high:
-                bounds = f"at least {low:g}" if high == _INF else f"from {low:.10g} to {high:.10g}"
-                what = f"numbers {bounds}" if isinstance(value, list | tuple) else f"a number {bounds}"
-                raise ConfigError(f"{key}: expected {what}, got {value!r}")
-    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
-        if not all(isinstance(name, str) for name in get_value(cfg, key)):
-            raise ConfigError(f"{key}: expected names of data sets, got {get_value(cfg, key)!r}")
-    steps = list(cfg.SOLVER.STEPS)
-    if steps != sorted(set(steps)):
-        raise ConfigError(f"SOLVER.STEPS: expected ascending iterations, each once, got {cfg.SOLVER.STEPS!r}")
-    if not cfg.INPUT.SCALE_JITTER:
-        raise ConfigError("INPUT.SCALE_JITTER: expected at least one factor, (1.0,) for none, got ()")
-    size = tuple(cfg.INPUT.CROP.SIZE)
-    if cfg.INPUT.CROP.ENABLED and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
-        raise ConfigError(f"INPUT.CROP.SIZE: expected height and width in pixels, got {cfg.INPUT.CROP.SIZE!r}")
-
-
-def check_common_values(cfg: CfgNode) -> None:
-    """Refuse values that neither engine can use.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ConfigError(f"MODEL.DEVICE: expected cpu, cuda or cuda:<index>, got {cfg.MODEL.DEVICE!r}") from error
-    if cfg.INPUT.CROP.ENABLED:
-        check_values(cfg, {"INPUT.CROP.TYPE": ("absolute",)}, "the crop is given in pixels after the resize")
-    _check_ranges(cfg)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
-            "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
-        )
-    clipping = cfg.SOLVER.CLIP_GRADIENTS
-    check_values(
-        cfg,
-        {"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model")},
-        "of each element, of each parameter's norm, or of the norm of all parameters together",
-    )
-    if not clipping.CLIP_VALUE > 0 or not clipping.NORM_TYPE > 0:
-        raise ConfigError(
-            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE and NORM_TYPE: expected positive numbers, got "
-            f"{clipping.CLIP_VALUE} and {clipping.NORM_TYPE}"
-        )
-    if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
-        raise ConfigError(
-            "MODEL.RPN.IOU_THRESHOLDS and MODEL.RPN.IOU_LABELS: expected [λ2, λ1] and [0, -1, 1], got "
-            f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
-        )
-    check_values(
-        cfg,
-        {"MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,)},
-        "with another offset the anchors of sub-sampled cells would not coincide with those of the full grid",
-    )
-    check_values(cfg, {"INPUT.RANDOM_FLIP": ("horizontal", "none")}, "faces are not flipped vertically")
-    check_values(cfg, {"INPUT.FORMAT": ("RGB",)}, "images are read as torchvision's weights expect them")
-    if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
-
-
 def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
     """Keys of a training that two configs of :func:`dump_config` state differently, with both values.
 
@@ -395,7 +318,10 @@ def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
             else:
                 yield f"{prefix}{name}", value
 
-    old, new = (dict(flatten(yaml.safe_load(text) or {})) for text in (before, now))
+    try:
+        old, new = (dict(flatten(yaml.safe_load(text) or {})) for text in (before, now))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"the config in the checkpoint: not plain YAML: {_one_line(error)}") from error
     if not old or not new:
         return []
     keys = (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))

@@ -17,7 +17,8 @@ from .engines.build import Detect, build_pyramid, build_test_transform
 from .env import resolve_engine
 from .faces import Faces, ImageLike, as_image
 
-_MODULES = {"detectron2": "group_sampling.engines.d2.detect", "torchvision": "group_sampling.engines.tv.detect"}
+# By name, so that the engine that is not used need not be installed.
+ENGINE_MODULES = {"detectron2": "group_sampling.engines.d2.detect", "torchvision": "group_sampling.engines.tv.detect"}
 
 
 class FaceDetector:
@@ -103,8 +104,7 @@ class FaceDetector:
         first = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
         # Faces have no lists of sub-detectors.
         last = ["MODEL.WEIGHTS", "", "TEST.SUB_DETECTORS", "False", *(["MODEL.DEVICE", device] if device else [])]
-        # Imported by name: of the two engines the one that is not used need not be installed.
-        module = importlib.import_module(_MODULES[engine])
+        module = importlib.import_module(ENGINE_MODULES[engine])
         cfg = module.load_config(config_file, [*first, *opts, *last], saved=saved)
         heads = cfg.MODEL.ROI_HEADS
         heads.SCORE_THRESH_TEST = min(heads.SCORE_THRESH_TEST, score_thresh)

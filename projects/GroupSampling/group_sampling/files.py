@@ -86,6 +86,24 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2)
     write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it holds something else; names the file.
+        OSError: it cannot be opened.
+    """
+    with open_regular(path) as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{os.fspath(path)}: expected JSON, got: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{os.fspath(path)}: expected a JSON object, got {json.dumps(content)[:80]}")
+    return content
+
+
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Write a Matplotlib figure, atomically; the suffix of ``path`` gives the format (PNG without one).
 

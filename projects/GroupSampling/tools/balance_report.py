@@ -79,7 +79,7 @@ def read_jsonl(file: Path) -> list[ImageRecord]:
             invalid = np.array([attr[INVALID] == 1 for attr in entry.get("attr", [[0] * 6] * len(rows))], dtype=bool)
             if height < 1 or width < 1 or len(invalid) != len(rows):
                 raise ValueError(f"{width}x{height} pixels, {len(rows)} boxes, attributes of {len(invalid)}")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise AnnotationError(
                 f"{place}: expected an object with file, width, height, boxes_xywh and optionally attr, "
                 f"found: {type(error).__name__}: {error}"

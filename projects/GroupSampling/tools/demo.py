@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from group_sampling.data.catalog import Catalog
+from group_sampling.engines.build import read_run_config
 from group_sampling.env import ENGINES, resolve_engine
 from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.jobs import Job, run_jobs
@@ -100,7 +100,7 @@ def demo(args: argparse.Namespace) -> None:
         write_json(args.json, summary)
 
     first = [seeds_of_run[0] for seeds_of_run in runs.values()]
-    config = yaml.safe_load((first[0].folder / "config.yaml").read_text())
+    config = read_run_config(str(first[0].folder / "config.yaml"))
     solver = config["SOLVER"]
     notes = [
         f"Both detectors were trained from scratch by train_net.py ({engine} engine) with one seed, data set and "

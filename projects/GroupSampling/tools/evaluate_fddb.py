@@ -2,7 +2,7 @@
 """FDDB's discrete and continuous ROC of any detector's result files.
 
     python evaluate_fddb.py --predictions DIR --annotations DIR [--images DIR] [--ellipse none|fitted|s3fd ...]
-                            [--regressor Fit.mat] [--plot OUT.png] [--json OUT.json]
+                            [--regressor Fit.mat] [--scores 0.3 0.5 0.7] [--plot OUT.png] [--json OUT.json]
 
 The predictions are fold-01-out.txt to fold-10-out.txt (per image its name, the number of detections, lines
 "x y w h score"); the annotations are the folder of FDDB-fold-XX.txt and FDDB-fold-XX-ellipseList.txt. Detections are
@@ -27,6 +27,7 @@ from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.evaluation import FDDBResult, FDDBRoc, read_fddb_predictions
 from group_sampling.evaluation.fddb.regressor import EllipseRegressor
 from group_sampling.evaluation.results import UnitCheck
+from group_sampling.evaluation.thresholds import add_scores_flag
 from group_sampling.files import atomic_file
 
 
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder of the images (where there is no image_sizes.csv)")
     parser.add_argument("--ellipse", nargs="+", choices=("none", "fitted", "s3fd"), default=["none"])
     parser.add_argument("--regressor", type=Path, help="S3FD's Fit.mat")
+    add_scores_flag(parser)
     parser.add_argument("--plot", type=Path, help="write the ROC curves to this image (.png, .pdf, .svg)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     add_debug_flag(parser)
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with exit_on_error("evaluate_fddb.py", args):
         result = evaluate(args.predictions, args.annotations, args.images, args.ellipse, args.regressor)
+        result = result.reporting(args.scores)
         print(result.table())
         print(
             "{images} images, {images_without_predictions} of them without predictions; {faces} faces".format(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.evaluation import WiderFaceAP, WiderFaceResult, read_predictions
 from group_sampling.evaluation.results import UnitCheck
+from group_sampling.evaluation.thresholds import add_scores_flag
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 from group_sampling.files import atomic_file
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="AP by size of the face as well, near 16, 32, 64 and 128 pixels; not the paper's AP@16 ... AP@128, which "
         "are All of the result sets predictions@16 ... predictions@128 that an evaluation writes",
     )
+    add_scores_flag(parser)
     parser.add_argument("--plot", type=Path, help="write the precision-recall curves to this image (.png, .pdf, .svg)")
     parser.add_argument(
         "--curves",
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, path in detectors.items():
             sizes = _SIZES if args.per_scale else ()
             evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, sizes=sizes))
-            results[name] = result = evaluator.compute()
+            results[name] = result = evaluator.compute().reporting(args.scores)
             contents[name] = result.to_dict()
             print((f"{name}\n" if len(detectors) > 1 else "") + result.table())
             print("{images} images, {images_without_predictions} of them without predictions".format(**result.counts))

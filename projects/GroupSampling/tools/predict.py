@@ -81,7 +81,8 @@ class State:
                     entry = json.loads(line)
                 except ValueError:
                     continue  # the last line of a run that was killed
-                if entry["settings"] == settings:
+                keys = {"settings", "path", "name", "stamp"}
+                if isinstance(entry, dict) and keys <= entry.keys() and entry["settings"] == settings:
                     self.done[entry["path"]] = entry
         self._settings = settings
         path.parent.mkdir(parents=True, exist_ok=True)

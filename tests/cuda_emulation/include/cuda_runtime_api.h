@@ -1,5 +1,5 @@
-// The part of CUDA that csrc/cuda uses, for the host compiler. What is not here does not compile: a new intrinsic has to
-// be given its meaning first.
+// The part of CUDA that csrc/cuda uses, for the host compiler. What is not here does not compile: a new intrinsic has
+// to be given its meaning first.
 #pragma once
 
 #include <cstddef>

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import distributed
 from ..anchors import AnchorGrid
 from ..checkpoint import Description, saved_config
-from ..config import ConfigError, check_common_values, check_values, dump_config
+from ..config import ConfigError, check_values, dump_config
+from ..config_checks import check_common_values
 from ..criterion import BOX_LOSS_MEANS, AnchorCriterion
 from ..data.catalog import Catalog, Source
 from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
@@ -122,7 +123,7 @@ def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
         return
     previous = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if keep and os.path.isfile(previous):
-        seed = _read_config(previous).get("SEED")
+        seed = read_run_config(previous).get("SEED")
         if type(seed) is not int or seed < 0:
             raise ConfigError(f"{previous}: expected the SEED of the run that is there, got {seed!r}")
         cfg.SEED = seed
@@ -130,7 +131,12 @@ def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
         cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
 
 
-def _read_config(file: str) -> dict[str, Any]:
+def read_run_config(file: str) -> dict[str, Any]:
+    """The ``config.yaml`` that a run has left in its folder.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     try:
         with open(file, "rb") as stream:
             content = yaml.safe_load(stream)

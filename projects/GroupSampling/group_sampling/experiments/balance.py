@@ -125,8 +125,10 @@ def sample_balance(
             draw(grid)
     for grid in list(waiting):
         draw(grid)
-    means = [tuple(row.tolist()) for row in np.concatenate([drawn, effective]) / len(records)]
-    return SampleBalance(scales, means[0], means[1], means[2], means[3], num_images=len(records))
+    (pos, neg), (effective_pos, effective_neg) = (
+        [tuple(row.tolist()) for row in counts / len(records)] for counts in (drawn, effective)
+    )
+    return SampleBalance(scales, pos, neg, effective_pos, effective_neg, len(records))
 
 
 def anchor_grid(cfg: CfgNode, height: int, width: int) -> AnchorGrid:

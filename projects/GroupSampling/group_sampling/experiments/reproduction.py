@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from fvcore.common.config import CfgNode
 from ..config import ConfigError, changed_keys, dump_config, get_value
 from ..engines.build import load_records
 from ..engines.tv.config import get_cfg, load_config
-from ..files import write_json
+from ..files import read_json, write_json
 from ..samplers import SAMPLERS
 from .balance import SampleBalance, sample_balance, total_variation
 from .jobs import Job, run_jobs
@@ -157,7 +156,7 @@ class Reproduction:
         file = self.run(config, seed).folder / MARKER
         if not file.exists():
             return None
-        content = json.loads(file.read_text())
+        content = read_json(file)
         settings = self.settings(config)
         found = {key: content.get(key) for key in settings}
         if found != settings:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..detections import Detections
+from ..errors import UserError
 from ..evaluation import read_predictions
+from ..files import read_json
 
 
 def parse_metrics(text: str) -> list[dict]:
@@ -15,9 +17,12 @@ def parse_metrics(text: str) -> list[dict]:
     rows = []
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and type(row.get("iteration")) is int:
+            # A value that is no number is of no use to anyone who reads them.
+            rows.append({key: value for key, value in row.items() if type(value) in (int, float)})
     return rows
 
 
@@ -35,7 +40,7 @@ class Run:
 
     def metrics(self) -> list[dict]:
         """The lines of ``metrics.json``."""
-        return parse_metrics((self.folder / "metrics.json").read_text())
+        return parse_metrics((self.folder / "metrics.json").read_text(errors="replace"))
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Iterations and values of one scalar."""
@@ -66,7 +71,17 @@ class Run:
         return [row[0] for row in rows], [row[1] for row in rows]
 
     def results(self, dataset: str) -> dict:
-        return json.loads((self.folder / "inference" / dataset / "results.json").read_text())
+        """What the evaluation wrote; ``"ap"`` has a number, or None, for every subset.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        file = self.folder / "inference" / dataset / "results.json"
+        content = read_json(file)
+        ap = content.get("ap")
+        if not isinstance(ap, dict) or not all(type(value) in (int, float, type(None)) for value in ap.values()):
+            raise UserError(f'{file}: expected the results of an evaluation, numbers by name as "ap", got {ap!r:.80}')
+        return content
 
     def predictions(self, dataset: str) -> dict[str, Detections]:
         """By image id; classes and anchor scales are unknown."""

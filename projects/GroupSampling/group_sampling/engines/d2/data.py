@@ -156,6 +156,7 @@ def register_datasets(cfg: CfgNode | None = None) -> None:
             MetadataCatalog.pop(name, None)
         source = catalog[name]
         DatasetCatalog.register(name, functools.partial(_load_dicts, source))
+        MetadataCatalog.get(name).evaluator_type = "coco"  # what Detectron2's own scripts evaluate it by
         if source.protocol != "coco":
             MetadataCatalog.get(name).thing_classes = list(source.class_names)
 

@@ -36,7 +36,7 @@ class GroupSamplingRCNN(GeneralizedRCNN):
         if sub_detectors and not isinstance(self.proposal_generator, GroupSamplingRPN):
             raise ConfigError(
                 "TEST.SUB_DETECTORS: expected MODEL.PROPOSAL_GENERATOR.NAME GroupSamplingRPN with it, got "
-                f"{type(self.proposal_generator).__name__}"
+                f"{type(self.proposal_generator).__name__}; with False there is no AP@16, ..."
             )
         self.sub_detectors = sub_detectors
         self.register_load_state_dict_pre_hook(_prepare_weights)
@@ -59,9 +59,11 @@ class GroupSamplingRCNN(GeneralizedRCNN):
     ) -> list[dict] | list[Instances]:
         """As ``GeneralizedRCNN.inference``; backbone and head run once for all sub-detectors.
 
-        Without ``do_postprocess``, or with ``detected_instances``, there are no sub-detectors.
+        Without ``do_postprocess``, with ``detected_instances``, or traced, there are no sub-detectors: Detectron2's
+        tracing takes no dict by scale.
         """
-        if not self.sub_detectors or detected_instances is not None or not do_postprocess:
+        plain = detected_instances is not None or not do_postprocess or torch.jit.is_tracing()
+        if not self.sub_detectors or plain:
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from ... import stop
-from ...checkpoint import CheckpointMixin
+from ...checkpointer import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ...errors import describe, is_expected
 from ..build import (
@@ -44,6 +44,7 @@ from ..build import (
 )
 from ..launch import launch
 from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
+from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -62,6 +63,7 @@ _REPLACED_KEYS = (
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.BACKBONE.BOTTOM_UP": modeling.BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
     "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
@@ -297,8 +299,6 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     defaults = cfg.clone()
     merge_config(cfg, config_file, opts, saved=saved)
     check_config(cfg)
-    if cfg.TEST.SUB_DETECTORS:
-        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, "TEST.SUB_DETECTORS needs it")
     check_values(
         cfg,
         {key: (get_value(defaults, key),) for key in _REPLACED_KEYS},
@@ -306,6 +306,11 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     )
     for key, registry in _REGISTRIES.items():
         check_values(cfg, {key: [name for name, _ in registry]}, "Detectron2 has no other registered")
+    if cfg.MODEL.BACKBONE.NAME == TORCHVISION_BACKBONE:
+        check_torchvision_backbone(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        reason = "other ones cannot do TEST.SUB_DETECTORS; with that False there is no AP@16, ..."
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, reason)
     return cfg
 
 

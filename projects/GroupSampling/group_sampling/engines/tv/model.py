@@ -1,7 +1,8 @@
 """The paper's detectors as subclasses of torchvision's detection models.
 
-The modules have torchvision's names: ``backbone.body`` is a torchvision ResNet without its classifier, ``backbone.fpn``
-a ``FeaturePyramidNetwork``. Parameters have the shapes of the Detectron2 engine's, so weights convert both ways.
+The modules have torchvision's names: ``backbone.body`` is a torchvision network without its classifier,
+``backbone.fpn`` a ``FeaturePyramidNetwork``. Parameters have the shapes of the Detectron2 engine's, so weights convert
+both ways.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from ...head import SoftmaxRPNHead
 from ...inference import Proposals, proposals_to_detections
 from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .backbone import build_backbone, stage_of
-from .config import FPN_BACKBONE
+from .config import FPN_BACKBONES
 from .roi_heads import build_grouped_roi_heads
 from .rpn import GroupedAnchorGenerator, GroupSamplingRPN
 from .sampling import SamplingModule
@@ -166,7 +167,7 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
     """
     model, rpn, heads = cfg.MODEL, cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
     stages = [stage_of(feature) for feature in rpn.IN_FEATURES]
-    has_fpn = model.BACKBONE.NAME == FPN_BACKBONE
+    has_fpn = model.BACKBONE.NAME in FPN_BACKBONES
     channels = {model.FPN.OUT_CHANNELS} if has_fpn else {model.RESNETS.RES2_OUT_CHANNELS * 2 ** (s - 2) for s in stages}
     in_channels = common_channels(channels)
     layout = AnchorLayout.from_config(cfg, [2**stage for stage in stages])

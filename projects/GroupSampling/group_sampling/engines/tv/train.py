@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import clip_boxes_to_image
 
 from ... import stop
-from ...checkpoint import CheckpointMixin
+from ...checkpointer import CheckpointMixin
 from ...data.catalog import Catalog
 from ...data.loader import SkippedImage, build_test_loader
 from ...data.records import ImageRecord
@@ -82,7 +82,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """
     norms, others = [], []
     for module in model.modules():
-        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else others
+        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) else others
         group += [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
     is_fused = next(model.parameters()).device.type != "cpu"
     return torch.optim.SGD(

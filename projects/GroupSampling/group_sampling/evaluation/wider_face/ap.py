@@ -13,7 +13,7 @@ from ...detections import Detections
 from ...scales import scale_borders
 from ..results import Curve, check_new_image
 from .ground_truth import read_official_ground_truth
-from .result import WiderFaceResult, area_under_envelope
+from .result import WiderFaceResult, area_under_envelope, curve_by_score
 
 # Pairs of a detection and a face whose IoU is computed at once: bounds memory, and the temporaries stay in the cache.
 _PAIRS_PER_BLOCK = 1 << 15
@@ -276,7 +276,8 @@ class WiderFaceAP:
             "detections_without_faces": int((taken == self._no_face_in_image).sum()),
         }
         ap = {name: area_under_envelope(recall, precision) for name, (recall, precision) in curves.items()}
-        return WiderFaceResult(ap, curves, num_faces, num_detections, counts, self._iou_thresh)
+        by_score = curve_by_score(scores, taken, every, len(images))
+        return WiderFaceResult(ap, curves, num_faces, num_detections, counts, self._iou_thresh, by_score)
 
     def _nearest_size(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
         """Index of the size that is nearest to √area in log scale, the smaller one on a tie."""

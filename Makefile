@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 PROJECT := projects/GroupSampling
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 PYTEST_ARGS ?=
+CXX_FILES = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
 .PHONY: env demo test test-slow sanitize bench lint format clean
 
@@ -56,12 +57,12 @@ bench: env
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: env
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build output

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import yaml
 
 from group_sampling.config import ConfigError
 from group_sampling.engines.build import resolve_seed
@@ -109,7 +108,10 @@ def test_a_base_may_be_reached_twice(tmp_path):
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[['a']]", "numbers, got"),
         ("MODEL.RPN.NMS_THRESH", "-0.5", "a number from 0 to 1, got -0.5"),
         ("MODEL.DEVICE", "gpu", "cpu, cuda or cuda:<index>, got 'gpu'"),
-        ("DATASETS.TRAIN", "(1,)", r"names of data sets, got \(1,\)"),
+        ("DATASETS.TRAIN", "(1,)", r"names, got \(1,\)"),
+        ("MODEL.FPN.IN_FEATURES", "[{}]", r"numbers and values of type bool and values of type str, got \[{}\]"),
+        ("MODEL.FPN.IN_FEATURES", "[3]", r"names, got \[3\]"),
+        ("MODEL.GROUP_SAMPLING.ANCHOR_STRIDES", "('a',)", r"numbers at least 1, got \('a',\)"),
     ],
 )
 def test_values_without_sense_name_the_key(key, value, expected):
@@ -129,7 +131,7 @@ def test_both_engines_refuse_them():
 def test_mutated_files_give_config_errors_only(tmp_path):
     """Everything that a config of ours can be turned into is read or refused in one line."""
     rng = np.random.default_rng(0)
-    text = yaml.safe_dump(load_config(BASE, CPU).clone() and yaml.safe_load(load_config(BASE, CPU).dump()))
+    text = load_config(BASE, CPU).dump()
     values = [
         "null",
         "[]",

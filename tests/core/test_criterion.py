@@ -8,7 +8,7 @@ import torch
 from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.criterion import BOX_LOSS_MEANS, AnchorCriterion
 from group_sampling.head import predict_from
-from group_sampling.ops import match_anchors
+from group_sampling.ops import AssignResult, match_anchors
 from group_sampling.samplers import FILLS, LOSS_MEANS, SAMPLERS, FocalSampler, GroupSampler, OHEMSampler
 
 
@@ -229,6 +229,25 @@ def test_readings_of_group_sampling(fill, loss_mean, box_loss_mean):
     assert seen == {((3, 0, 0, 0), (9, 12, 2, 0)), ((2, 1, 0, 0), (10, 11, 2, 0))}
     assert result.classification.item() == pytest.approx(classification, rel=1e-5)
     assert result.localization.item() == pytest.approx(localization, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_mean", LOSS_MEANS)
+@pytest.mark.parametrize("fill", FILLS)
+def test_effective_weights_are_the_slopes_of_the_mean(fill, loss_mean):
+    """How fast the mean over an image grows with each loss, times what all of them count."""
+    num_pos, num_neg = torch.tensor([[2, 1, 0], [0, 0, 2], [0, 0, 0]]), torch.tensor([[6, 3, 0], [8, 1, 0], [0, 0, 0]])
+    column = torch.arange(8)
+    labels = torch.where(column < num_pos[..., None], 1, 0).masked_fill(column >= (num_pos + num_neg)[..., None], -1)
+    chosen = AssignResult(labels, labels.to(torch.int8), labels, num_pos, num_neg)
+    sampler = GroupSampler(8, positive_fraction=0.25, fill=fill, loss_mean=loss_mean)
+    found = sampler.effective_weights(chosen)
+    for image in range(3):
+        alone = AssignResult(*(part[image : image + 1] for part in chosen))
+        weights = sampler.weights(alone).float()
+        losses = torch.ones(1, 3, 8, requires_grad=True)
+        (slopes,) = torch.autograd.grad(sampler.average(losses, weights, weights), losses)
+        torch.testing.assert_close(found[image].float(), slopes[0] * weights.sum())
+    assert found[:2].sum(dim=(1, 2)).tolist() == pytest.approx(sampler.weights(chosen)[:2].sum(dim=(1, 2)).tolist())
 
 
 @pytest.mark.parametrize("loss_mean", LOSS_MEANS)

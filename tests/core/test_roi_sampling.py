@@ -16,7 +16,6 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
 from group_sampling.config import ConfigError
-from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP
 from group_sampling.losses import BOX_LOSSES, box_loss
 from group_sampling.ops import sample_groups
@@ -141,10 +140,9 @@ def test_training_and_evaluation_put_a_box_to_the_same_scale(scales):
     sides = list(itertools.product([1, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 400], repeat=2))
     boxes = np.float32([(0, 0, width, height) for width, height in sides])
     ids = GroupProposalSampler(1, scales=scales).scale_ids(torch.from_numpy(boxes)).tolist()
-    evaluator = WiderFaceAP({str(i): [box] for i, box in enumerate(boxes)}, scales=scales, num_thresholds=1)
-    evaluator.update("0", Detections([], [], anchor_scales=[]))
+    evaluator = WiderFaceAP({str(i): [box] for i, box in enumerate(boxes)}, sizes=scales, num_thresholds=1)
     for image, result in evaluator.compute_by(str).items():
-        assert [result.num_faces[f"@{scale}"] for scale in scales].index(1) == ids[int(image)]
+        assert [result.num_faces[f"size {scale}"] for scale in scales].index(1) == ids[int(image)]
 
 
 def test_group_sampling_balances_what_uniform_sampling_does_not():

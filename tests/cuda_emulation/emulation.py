@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from group_sampling.ops import extension_status
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -23,19 +26,20 @@ RUNTIME_FLAGS = ["-O2", "-Wall", "-U_FORTIFY_SOURCE"]  # _longjmp between stacks
 OPERATOR_FLAGS = ["-O0", "-DGS_WORKSPACE_GUARD", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 
-def compiler():
-    return os.environ.get("CXX", "g++").split()[0]
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 
 def missing():
-    """Why the emulation cannot be built here, or None."""
-    found = shutil.which(compiler())
-    if found is None or sys.platform != "linux":
-        return f"the CUDA emulation needs Linux and g++, and {compiler()} is not here"
-    predefined = subprocess.run([found, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
+    """Why the emulation cannot be built and used here, or None."""
+    if sys.platform != "linux" or shutil.which(COMPILER[0]) is None:
+        return f"the CUDA emulation needs Linux and g++, and {COMPILER[0]} is not here"
+    predefined = subprocess.run(
+        [*COMPILER, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
+    ).stdout
     if "__clang__" in predefined or "__GNUC__" not in predefined:
-        return f"the CUDA emulation needs g++, and {compiler()} is another compiler"
-    return None
+        return f"the CUDA emulation needs g++, and {COMPILER[0]} is another compiler"
+    status = extension_status()
+    return None if status.loaded else f"the CUDA emulation needs the extension: {status.reason}"
 
 
 def rewritten(source):
@@ -86,7 +90,7 @@ def build(csrc=REPOSITORY / "csrc", folder=REPOSITORY / "build/cuda_emulation"):
     The operators' host code is always the repository's; only kernels and the headers they see may differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     cuda = _contents((HERE / "include").rglob("*.h"))
     runtime = _contents(HERE.rglob("*.h"))
     jobs = []
@@ -98,11 +102,11 @@ def build(csrc=REPOSITORY / "csrc", folder=REPOSITORY / "build/cuda_emulation"):
         source = folder / f"{path.stem}-{key}.cpp"
         source.write_text(text)
         include = ["-I", str(csrc / "cuda"), "-I", str(HERE / "include")]
-        jobs.append((source.with_suffix(".o"), compiler(), *FLAGS, *KERNEL_FLAGS, *include, "-c", str(source)))
+        jobs.append((source.with_suffix(".o"), *COMPILER, *FLAGS, *KERNEL_FLAGS, *include, "-c", str(source)))
 
-    for name in ("memory.cpp", "scheduler.cpp"):
+    for name in ("device.cpp", "memory.cpp", "scheduler.cpp"):
         key = _digest(version, *RUNTIME_FLAGS, *runtime, (HERE / name).read_text())
-        command = [compiler(), *FLAGS, *RUNTIME_FLAGS, "-I", str(HERE / "include"), "-c", str(HERE / name)]
+        command = [*COMPILER, *FLAGS, *RUNTIME_FLAGS, "-I", str(HERE / "include"), "-c", str(HERE / name)]
         jobs.append((folder / f"{name[:-4]}-{key}.o", *command))
 
     host = REPOSITORY / "csrc"
@@ -125,36 +129,38 @@ def build(csrc=REPOSITORY / "csrc", folder=REPOSITORY / "build/cuda_emulation"):
     in_torch = Path(torch.__file__).parent
     headers = (generated, host, HERE / "include", in_torch / "include", in_torch / "include/torch/csrc/api/include")
     include = [part for path in headers for part in ("-I", str(path))]
-    jobs.insert(0, (generated / "operators.o", compiler(), *FLAGS, *OPERATOR_FLAGS, *include, "-c", str(operators)))
+    jobs.insert(0, (generated / "operators.o", *COMPILER, *FLAGS, *OPERATOR_FLAGS, *include, "-c", str(operators)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(lambda job: _made(*job), jobs)]
     libraries = [f"-L{in_torch / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-    link = [compiler(), "-shared", "-Wl,-Bsymbolic", "-Wl,-z,now", *objects, *libraries]
+    link = [*COMPILER, "-shared", "-Wl,-Bsymbolic", "-Wl,-z,now", *objects, *libraries]
     return _made(folder / f"emulation-{_digest(*objects)}.so", *link)
 
 
 class Emulation:
-    """A built library in this process. At most one is started at a time."""
+    """A built library in this process."""
+
+    in_use = False
 
     def __init__(self, path):
         self._library = ctypes.CDLL(str(path))
         self._library.emulation_seed.argtypes = [ctypes.c_uint64]
         self._library.emulation_counts.restype = ctypes.c_char_p
 
-    def seed(self, seed):
-        """Repeats the schedules that followed this seed."""
-        self._library.emulation_seed(seed)
-
     @contextlib.contextmanager
     def operators(self, seed=1, cut_grids=True):
-        """Within, operators on CPU tensors run the CUDA kernels."""
-        self.seed(seed)
+        """Within, operators on CPU tensors run the CUDA kernels; equal seeds give equal schedules."""
+        if Emulation.in_use:
+            raise RuntimeError("expected one emulation at a time, got a second one")
+        self._library.emulation_seed(seed)
         self._library.emulation_cut_grids(cut_grids)
         self._library.emulation_start()
+        Emulation.in_use = True
         try:
             yield self
         finally:
+            Emulation.in_use = False
             self._library.emulation_stop()
 
     def reset_counts(self):

@@ -115,6 +115,7 @@ void run_on_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   op.callBoxedForDispatchKey(c10::DispatchKey::CUDA, *stack);
+  memory().find_initialized();
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i) {
     (*stack)[i] = from_device((*stack)[i].toTensor(), op.schema().name());
   }

@@ -1,7 +1,6 @@
 // What the operators' side needs of the emulated device.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <string>
 

@@ -7,17 +7,11 @@ import runpy
 
 import pytest
 import torch
-from cuda_emulation.emulation import Emulation, build
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.ops import assign_and_sample
 
 BOX_BYTES, WINDOW_BYTES, PERMUTATION_BYTES, LATTICE_BYTES, IMAGE_BYTES = 16, 16, 112, 96, 32
-
-
-@pytest.fixture(scope="module")
-def emulation():
-    return Emulation(build())
 
 
 def count(emulation, grid, faces, **options):

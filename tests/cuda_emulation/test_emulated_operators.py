@@ -1,4 +1,4 @@
-"""The operators' tests, unchanged, on the emulated CUDA kernels: in a process of their own, where those are the CPU's."""
+"""The operators' tests, unchanged, on the emulated CUDA kernels: in a process where those are the CPU's kernels."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def run(repository, selection, max_examples, *files):
 def test_the_operators_tests_pass(repository):
     """Five tests with 50 scenes each, and all those without."""
     passed, launches, kernels = run(repository, "not slow", 50, *FILES)
-    assert passed >= 100 and launches >= 2000 and kernels == 11
+    assert passed >= 100 and launches >= 2000 and kernels >= 11
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ class Bug(NamedTuple):
     file: str
     old: str  # occurs once in the file
     new: str
-    found_by: str
+    found_by: str  # the check; for two alternatives, the order of the threads decides
 
 
 BUGS = {
@@ -27,13 +27,19 @@ BUGS = {
         __syncthreads();""",
         """row0, window.row1};
         }""",
-        "race",
+        "race or uninitialized",
     ),
-    "no barrier before shared memory is written again": Bug(
-        "cuda/sample_kernels.cu", "__syncthreads();  // scratch is written again", "", "race"
+    "no barrier before other threads' words are read": Bug(
+        "cuda/sample_kernels.cu",
+        "scratch.indices[thread] = index;\n      __syncthreads();",
+        "scratch.indices[thread] = index;",
+        "race or uninitialized",
     ),
     "no barrier after the copy of the tables": Bug(
-        "cuda/prepare_kernels.cu", "  __syncthreads();\n  const void* all", "  const void* all", "race"
+        "cuda/prepare_kernels.cu",
+        "  __syncthreads();\n  const void* all",
+        "  const void* all",
+        "race or uninitialized",
     ),
     "one array where calls must take turns with two": Bug(
         "cuda/match_kernels.cu",
@@ -137,7 +143,7 @@ BUGS = {
         "cuda/match_kernels.cu", "best[k] = T(0);", "best[k] = thresholds.neg_iou;", "wrong result"
     ),
 }
-FAST = ("no barrier before shared memory is written again", "one row too many")
+FAST = ("one array where calls must take turns with two", "one row too many")
 
 
 def probes():
@@ -168,6 +174,8 @@ def probes():
     yield assign_and_sample, (grid.merged(), [faces(4, torch.float64)]), {"samples_per_group": 5000, **draw}
     yield sample_groups, (labels, ids), {"num_groups": 4, "samples_per_group": 40, **draw}
     yield pairwise_iou, (anchors[:101], crowd), {}
+    small = AnchorGrid.from_cell_anchors([cell_anchors([32], [1.0])], [16], [(3, 3)])
+    yield match_anchor_grid, (small, [faces(1)] * 100), {}  # tables that do not travel as a kernel's arguments
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +214,17 @@ def with_bug(repository, folder, bug):
     return Emulation(build(folder))
 
 
-def test_nothing_is_found_in_the_kernels_as_they_are(expected):
-    assert found_by(Emulation(build()), expected, range(3)) is None
+def test_nothing_is_found_in_the_kernels_as_they_are(repository, emulation, expected):
+    emulation.reset_counts()
+    assert found_by(emulation, expected, [1]) is None
+    sources = "".join(path.read_text() for path in (repository / "csrc/cuda").glob("*.cu"))
+    kernels = set(re.findall(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(", sources))
+    assert {name.split("<")[0] for name in emulation.counts()} == kernels
 
 
 @pytest.mark.slow
-def test_nothing_is_found_with_many_schedules(expected):
-    assert found_by(Emulation(build()), expected, range(100, 140)) is None
+def test_nothing_is_found_with_many_schedules(emulation, expected):
+    assert found_by(emulation, expected, range(100, 140)) is None
 
 
 @pytest.mark.parametrize(
@@ -220,4 +232,4 @@ def test_nothing_is_found_with_many_schedules(expected):
 )
 def test_a_planted_bug_is_found(repository, tmp_path, expected, name):
     emulation = with_bug(repository, tmp_path / "csrc", BUGS[name])
-    assert found_by(emulation, expected, range(5)) == BUGS[name].found_by
+    assert found_by(emulation, expected, range(5)) in BUGS[name].found_by.split(" or ")

@@ -117,10 +117,11 @@ def test_engines_agree(clip_type, tmp_path):
     from group_sampling.engines.d2.train import Trainer
 
     config = str(CONFIGS / "fpn_finest_sampling.yaml")
-    opts = [*SMALL_OPTS, "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path), "SOLVER.BASE_LR", "0.05"]
+    opts = [*SMALL_OPTS, "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path), "SOLVER.BASE_LR", "5.0"]
     opts += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type]
-    opts += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.01"]
+    opts += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", {"value": "0.0001", "full_model": "0.01"}[clip_type]]
     tv_cfg = load_config(config, opts)
+    torch.manual_seed(0)
     model = build_model(tv_cfg)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     tv_train.train(tv_cfg, model, torch.device("cpu"), resume=False)
@@ -135,12 +136,12 @@ def test_engines_agree(clip_type, tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, found[name], atol=1e-4), name
         moved = max(moved, (parameter - start[name]).abs().max().item())
-    assert moved > 1e-4
+    assert moved > 1e-3
     assert trainer.storage.history("grad_norm").median(3) == pytest.approx(line["grad_norm"], abs=1e-4)
     assert line["grad_norm"] > 0.01
     if clip_type == "full_model":  # at most three steps of the clipped norm, momentum 0.9, and a little weight decay
         distance = sum(((p - start[name]) ** 2).sum() for name, p in model.named_parameters()).sqrt()
-        assert distance < 0.05 * (0.01 + 1e-4 * 100) * (1 + 1.9 + 2.71)
+        assert distance < 5 * (0.01 + 1e-4 * 100) * (1 + 1.9 + 2.71)
 
 
 def test_what_cannot_be_clipped():

@@ -396,6 +396,5 @@ def test_command_line_says_which_engine(repository):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "engine: detectron2" in done.stdout
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("train_net.py: command line: this engine has no key MODEL.TYPO")
-    )
+    expected = "train_net.py: error: command line: this engine has no key MODEL.TYPO"
+    assert done.stderr.strip().splitlines()[-1].startswith(expected)

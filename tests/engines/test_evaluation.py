@@ -151,7 +151,7 @@ def test_continued_by_any_number_of_processes(tmp_path, first, second):
 def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
     cfg = make_cfg(tmp_path)
     records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
-    monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args: 1 / 0)
+    monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Simulated(cfg, records, model, 1, resume=False).finish()
     assert Simulated(cfg, records, model, 1, resume=True).seen == []

@@ -119,7 +119,7 @@ def test_wrapper_keeps_the_interface_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     "opts, message",
     [
-        (options(SCALES="(1.0, -2.0)"), "TEST.PYRAMID: scales: expected distinct positive factors"),
+        (options(SCALES="(1.0, -2.0)"), "TEST.PYRAMID.SCALES: expected numbers from 0.01 to 100"),
         (options(SCALES="(1.0,)", MAX_SIDE=200), "TEST.PYRAMID: max_side: .* 288"),
         (options(SCALES="(1.0,)", VOTE_THRESH=2.0), "TEST.PYRAMID: vote_thresh"),
         (options(SCALES="2.0"), "TEST.PYRAMID.SCALES"),

@@ -218,7 +218,7 @@ def test_counts():
     evaluator.update("a", Detections([], []))
     evaluator.update("b", Detections(BOX, [0.5]))
     evaluator.update("c", Detections(BOX * 2, [0.5, 0.7]))
-    assert len(evaluator) == 5
+    assert len(evaluator) == 5 and list(evaluator.image_ids) == ["a", "b", "c", "d", "e"]
     assert evaluator.compute().counts == {
         "images": 5,
         "faces": 6,

@@ -207,9 +207,12 @@ def _check_members(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
         if isinstance(value, CfgNode):
             _check_members(value, default if isinstance(default, CfgNode) else CfgNode(), f"{prefix}{name}.")
         elif isinstance(value, list | tuple) and isinstance(default, list | tuple):
-            kinds = {_kind(member) for member in leaves(default)}
-            if kinds and not {_kind(member) for member in leaves(value)} <= kinds:
+            kinds = {_kind(member) for member in leaves(default)} or _ANY_KIND
+            if not {_kind(member) for member in leaves(value)} <= kinds:
                 raise ConfigError(f"{prefix}{name}: expected {' and '.join(sorted(kinds))}, got {value!r}")
+
+
+_ANY_KIND = {"numbers", "values of type str", "values of type bool"}  # where the default is empty
 
 
 def _kind(member: Any) -> str:

@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "INPUT.MAX_SIZE_TEST": (0, 2**16),
     "MODEL.ANCHOR_GENERATOR.SIZES": (1e-3, 1e6),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (1e-3, 1e3),
+    "MODEL.GROUP_SAMPLING.ANCHOR_STRIDES": (1, _INF),
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
     "MODEL.RPN.POSITIVE_FRACTION": (0, 1),
     "MODEL.RPN.NMS_THRESH": (0, 1),
@@ -43,6 +44,9 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "MODEL.FPN.IN_FEATURES", "MODEL.RPN.IN_FEATURES")
+
+
 def _check_ranges(cfg: CfgNode) -> None:
     for key, (low, high) in _RANGES.items():
         value = get_value(cfg, key)
@@ -51,9 +55,9 @@ def _check_ranges(cfg: CfgNode) -> None:
                 bounds = f"at least {low:g}" if high == _INF else f"from {low:.10g} to {high:.10g}"
                 what = f"numbers {bounds}" if isinstance(value, list | tuple) else f"a number {bounds}"
                 raise ConfigError(f"{key}: expected {what}, got {value!r}")
-    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+    for key in _NAMES:
         if not all(isinstance(name, str) for name in get_value(cfg, key)):
-            raise ConfigError(f"{key}: expected names of data sets, got {get_value(cfg, key)!r}")
+            raise ConfigError(f"{key}: expected names, got {get_value(cfg, key)!r}")
     steps = list(cfg.SOLVER.STEPS)
     if steps != sorted(set(steps)):
         raise ConfigError(f"SOLVER.STEPS: expected ascending iterations, each once, got {cfg.SOLVER.STEPS!r}")

@@ -45,10 +45,15 @@ def count_by_scale(scale_ids: Tensor, labels: Tensor, num_scales: int) -> Tensor
     return sum_by_scale(scale_ids, (labels == 1, labels == 0), num_scales).float()
 
 
-def count_anchors(grid: AnchorGrid, chosen: AssignResult) -> Tensor:
-    """(2, G) float32 :func:`count_by_scale` of all chosen anchors, whatever groups the sampler chose them in."""
+def count_anchors(grid: AnchorGrid, chosen: AssignResult, weights: Tensor) -> Tensor:
+    """(2, S) float64 numbers of the chosen positives and negatives of each scale, whatever groups they were chosen in.
+
+    Args:
+        weights: (B, G, N) what each of ``chosen`` counts.
+    """
     index = chosen.indices.flatten().clamp(min=0)
-    return count_by_scale(grid.group_ids_at(index), chosen.labels.flatten(), grid.num_groups)
+    counts = [((chosen.labels == label) * weights).flatten() for label in (1, 0)]
+    return sum_by_scale(grid.group_ids_at(index), counts, grid.num_groups)
 
 
 def name_counts(stage: str, scales: Sequence[float], num_pos: Sequence[T], num_neg: Sequence[T]) -> dict[str, T]:

@@ -5,6 +5,9 @@
     python tools/balance_report.py --config-file configs/fpn_finest.yaml configs/fpn_finest_sampling.yaml \\
         --dataset wider_face_train --plot balance.png
 
+Prints what is drawn of an image, what it counts in the mean of the losses (MODEL.GROUP_SAMPLING.FILL and LOSS_MEAN),
+and how far apart two detectors are: the total variation distance of their samples over scales and labels.
+
 Needs annotations and image sizes, no pixels and no GPU; the augmentation is part of it. Sizes that the annotations do
 not give are read from the headers of the images. With --annotations, a file of one JSON object a line with the keys
 file, width, height, boxes_xywh and (optional) attr, WIDER FACE's six attributes of each box, no images are needed.
@@ -12,6 +15,7 @@ file, width, height, boxes_xywh and (optional) attr, WIDER FACE's six attributes
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import time
@@ -33,12 +37,12 @@ from group_sampling.data.records import (
 from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
 from group_sampling.errors import add_debug_flag, exit_on_error
-from group_sampling.experiments.balance import SampleBalance, sample_balance
+from group_sampling.experiments.balance import SampleBalance, sample_balance, total_variation
 from group_sampling.experiments.plots import plot_samples
 from group_sampling.files import write_json
 
 INVALID = 3  # position of the attribute in "attr": blur, expression, illumination, invalid, occlusion, pose
-LOG_FROM = 50.0  # ratio of the largest count to the smallest from which the plot's axis is logarithmic
+LOG_FROM = 50.0  # ratio of the largest share to the smallest from which the plot's axis is logarithmic
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,17 +114,32 @@ def check_dataset(name: str, cfg: CfgNode) -> None:
 
 
 def table(balances: dict[str, SampleBalance]) -> str:
-    """Text: one line per detector, positives and then negatives of every scale."""
+    """Text: one line per detector, positives and then negatives of every scale; a second one where they count else."""
     scales = list(dict.fromkeys(scale for balance in balances.values() for scale in balance.per_scale()))
     width = max(len(name) for name in balances) + 2
     head = "".join(f"{'@' + scale:>10}" for scale in scales)
     lines = [" " * width + f"{'positives per image':^{len(head)}}  {'negatives per image':^{len(head)}}"]
     lines.append(" " * width + head + "  " + head)
     for name, balance in balances.items():
-        counts = balance.per_scale()
-        cells = ["".join(f"{counts[s][k]:10.1f}" if s in counts else f"{'-':>10}" for s in scales) for k in (0, 1)]
-        lines.append(f"{name:{width}}" + "  ".join(cells))
+        drawn = (balance.positives, balance.negatives)
+        effective = (balance.effective_positives, balance.effective_negatives)
+        for label, (positives, negatives) in ((name, drawn), ("  effective", effective))[: 1 + (drawn != effective)]:
+            counts = dict(zip(balance.per_scale(), zip(positives, negatives)))
+            cells = ["".join(f"{counts[s][k]:10.1f}" if s in counts else f"{'-':>10}" for s in scales) for k in (0, 1)]
+            lines.append(f"{label:{width}}" + "  ".join(cells))
     return "\n".join(lines)
+
+
+def distances(balances: dict[str, SampleBalance]) -> list[dict]:
+    """Of every two detectors, the total variation of what they draw and of what it counts, in percent."""
+    return [
+        {
+            "detectors": list(names),
+            "drawn": round(100 * total_variation(*pair), 2),
+            "effective": round(100 * total_variation(*pair, effective=True), 2),
+        }
+        for names, pair in zip(itertools.combinations(balances, 2), itertools.combinations(balances.values(), 2))
+    ]
 
 
 def report(args: argparse.Namespace) -> None:
@@ -145,14 +164,26 @@ def report(args: argparse.Namespace) -> None:
             "scales": balances[name].scales,
             "positives": [round(count, 3) for count in balances[name].positives],
             "negatives": [round(count, 3) for count in balances[name].negatives],
+            "effective_positives": [round(count, 3) for count in balances[name].effective_positives],
+            "effective_negatives": [round(count, 3) for count in balances[name].effective_negatives],
         }
+    content["total_variation_in_percent"] = distances(balances)
     print(table(balances))
+    for pair in content["total_variation_in_percent"]:
+        print(
+            f"total variation of {' and '.join(pair['detectors'])}: {pair['drawn']} %, {pair['effective']} % effective"
+        )
     if args.json:
         write_json(args.json, content)
     if args.plot:
-        samples = {name: balance.per_scale() for name, balance in balances.items()}
-        counts = [count for scales in samples.values() for pair in scales.values() for count in pair if count > 0]
-        plot_samples(samples, args.plot, log=bool(counts) and max(counts) > LOG_FROM * min(counts))
+        shares = {}
+        for name, balance in balances.items():
+            shares[name], effective = balance.shares(), balance.shares(effective=True)
+            if effective != shares[name]:
+                shares[f"{name}, effective"] = effective
+        found = [share for scales in shares.values() for pair in scales.values() for share in pair if share > 0]
+        is_log = bool(found) and max(found) > LOG_FROM * min(found)
+        plot_samples(shares, args.plot, log=is_log, ylabel="% of all samples")
     print(f"{len(balances)} detectors in {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores")
 
 

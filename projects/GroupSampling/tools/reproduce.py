@@ -7,14 +7,15 @@
 Each row is one config under configs/, trained by train_net.py into its own folder for each seed. A row that several
 tables share is trained once, a complete row is not repeated, and an interrupted one continues from its last checkpoint.
 "tiny" is the built-in faces sized for two CPU cores: the overrides of configs/quick/tiny.yaml, and the row's numbers of
-samples divided by 32 (RoIs by 8), since the images have 1/47 of the area of a 1,200 x 1,200 crop. "wider" changes
-nothing.
+samples divided by 8, except that of OHEM. "wider" changes nothing. Rows that are compared and draw the same samples,
+so that only noise can set them apart, are named before anything is trained.
 
 Writes report.md, report.json and images/*.png under OUTPUT/SCALE; rows that were not run are marked there.
 """
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 from group_sampling.env import ENGINES, resolve_engine
 from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.reproduction import Reproduction
-from group_sampling.experiments.reproduction_report import write_report
+from group_sampling.experiments.reproduction_report import same_samples, warn_of, write_report
 
 PROJECT = Path(__file__).resolve().parents[1]
 REPOSITORY = PROJECT.parents[1]
@@ -72,6 +73,8 @@ def reproduce(args: argparse.Namespace) -> None:
     errors: list[str] = []
     try:
         if not args.report_only:
+            for pair in same_samples(reproduction) or ():
+                print(f"warning: {pair['experiment']}: {warn_of(pair)}", file=sys.stderr)
             errors = reproduction.train()
     finally:  # the report of an interrupted run marks what was not run
         report = write_report(reproduction)

@@ -259,7 +259,8 @@ def _fingerprint(cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord]
     config.MODEL.WEIGHTS = ""  # a name; the weights themselves follow
     add([config.MODEL.dump(), config.INPUT.dump(), config.TEST.dump()])
     for record in records:
-        add([record.image_id, record.file_name, record.height, record.width, _file_state(record.file_name)])
+        add([record.image_id, record.file_name, record.height, record.width, record.is_raw])
+        add(_file_state(record.file_name))
     for name, value in module.state_dict().items():
         add([name, str(value.dtype), list(value.shape)])
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

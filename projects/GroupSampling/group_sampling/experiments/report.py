@@ -10,7 +10,7 @@ from ..data.images import read_image
 from ..data.records import ImageRecord
 from ..detections import Detections
 from ..files import write_atomically
-from .plots import plot_curves, plot_detections, plot_samples, plot_training
+from .plots import plot_curves, plot_detections, plot_health, plot_samples, plot_training
 from .runs import Run
 
 # Detections below this score are not drawn.
@@ -59,6 +59,15 @@ def write_report(
             lambda path: plot_training(runs, path),
         ),
     ]
+    if any(run.health_scales() for run in runs):
+        figures.append(
+            (
+                "health.png",
+                "Health of the head",
+                "A head can die while its loss looks fine. Of the anchors drawn in 20 iterations each.",
+                lambda path: plot_health(runs, path),
+            )
+        )
     for file, heading, record in _example_images(records):
         figures.append(
             (

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.catalog import MissingDatasetError
 from ..data.records import ImageRecord
 from ..engines.build import load_records
 from ..files import write_atomically, write_json
 from .balance import sample_balance
 from .claims import paper_values
 from .plots import plot_ap_bars, plot_ap_lines, plot_samples
-from .reproduction import TINY, Reproduction
+from .reproduction import COUNT_DIVISORS, TINY, Reproduction
 from .rows import FIGURE4_DETECTORS, Experiment
 from .verdicts import Judgment, judge, sample_shares, seed_noise
 from .verdicts import markdown as verdict_table
@@ -77,6 +78,17 @@ def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment
     return [judgment for judgment in found if judgment.ordering.experiment in asked]
 
 
+def same_samples(reproduction: Reproduction) -> list[dict] | None:
+    """Pairs of rows that train on the same samples; None: not known, since the data set is not here."""
+    try:
+        return [
+            {"experiment": name, "rows": [a.label, b.label], "total_variation": round(distance, 4)}
+            for name, a, b, distance in reproduction.same_samples
+        ]
+    except MissingDatasetError:
+        return None
+
+
 def figure2_results(reproduction: Reproduction) -> dict:
     """Samples of every scale under the five detectors, over the seeds."""
     rows = []
@@ -122,10 +134,21 @@ def markdown(results: dict, found: Sequence[Judgment]) -> str:
         lines += ["", f"### {experiment['title']}", ""]
         lines += _figure2_table(experiment) if name == "figure2" else _ap_table(experiment)
         lines += ["", f"![{experiment['title']}](images/{_image(about['scale'], name)})"]
+        pairs = [pair for pair in results["same_samples"] or () if pair["experiment"] == name]
+        lines += [line for pair in pairs for line in ("", warn_of(pair))]
         claims = [judgment for judgment in found if judgment.ordering.experiment == name]
         if claims:
             lines += ["", *verdict_table(claims)]
     return "\n".join(lines) + "\n"
+
+
+def warn_of(pair: dict) -> str:
+    """What :func:`same_samples` found, in words."""
+    a, b = pair["rows"]
+    return (
+        f"{a} and {b} draw the same samples (total variation {100 * pair['total_variation']:.2g} %) and differ in "
+        "nothing else: they are one training run twice."
+    )
 
 
 def _ap_table(experiment: dict) -> list[str]:
@@ -181,7 +204,10 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
         for row in experiment["rows"]:
             label, n = row["label"].split(", N = ")
             lines[label].append((n, *pair(row["ours"].get("all"))))
-        plot_ap_lines(lines, path, xlabel="N of the config" + (", of which 1/32 is drawn" if scale == "tiny" else ""))
+        divisor = COUNT_DIVISORS["MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP"]
+        plot_ap_lines(
+            lines, path, xlabel="N of the config" + (f", of which 1/{divisor} is drawn" if scale == "tiny" else "")
+        )
         return
     plot_ap_bars(
         {row["label"]: {s: pair(v) for s, v in row["ours"].items()} for row in experiment["rows"]},
@@ -194,8 +220,8 @@ def write_report(reproduction: Reproduction) -> Path:
     """Write report.json, the images and, last, report.md; returns its path."""
     scale, paper = reproduction.scale, paper_values()
     notes = {
-        "tiny": f"Each row is its config with the overrides of `configs/{TINY}`, its number of anchors "
-        "drawn divided by 32 and that of RoIs by 8: a small network from scratch on procedural faces. Order and "
+        "tiny": f"Each row is its config with the overrides of `configs/{TINY}`, its numbers of anchors "
+        "and RoIs drawn divided by 8, except OHEM's: a small network from scratch on procedural faces. Order and "
         "differences can be compared with the paper's, absolute values cannot.",
         "wider": "Each row is its config as it stands.",
     }
@@ -216,6 +242,7 @@ def write_report(reproduction: Reproduction) -> Path:
             "overrides": reproduction.overrides,
             "note": note,
         },
+        "same_samples": same_samples(reproduction),
         "experiments": {},
     }
     if reproduction.figure2_rows:

@@ -58,6 +58,18 @@ class Run:
             scale: (mean(f"rpn/num_pos@{scale}"), mean(f"rpn/num_neg@{scale}")) for scale in sorted(keys, key=float)
         }
 
+    def health_scales(self) -> list[str]:
+        """The anchor scales of which the log has the health; none for runs before version 0.2."""
+        prefix = "health/logit_std@"
+        found = {key.removeprefix(prefix) for row in self.metrics() for key in row if key.startswith(prefix)}
+        return sorted(found, key=float)
+
+    def score_gaps(self, scale: str) -> tuple[list[int], list[float]]:
+        """Iterations, and mean score of the positives of a scale less that of its negatives."""
+        keys = [f"health/score_{kind}@{scale}" for kind in ("pos", "neg")]
+        rows = [(row["iteration"], row[keys[0]] - row[keys[1]]) for row in self.metrics() if row.keys() >= {*keys}]
+        return [row[0] for row in rows], [row[1] for row in rows]
+
     def results(self, dataset: str) -> dict:
         """What the evaluation wrote; ``"ap"`` has a number, or None, for every subset.
 

@@ -1,7 +1,9 @@
 """Any classifier of torchvision below the FPN, on both engines; RegNet, Swin and ViT of Detectron2."""
 
 import importlib.util
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -194,6 +196,25 @@ def test_weights_convert_both_ways(tmp_path, name):
     expected = ours.state_dict()
     assert all(torch.equal(back[key], value) for key, value in expected.items() if "_extra_state" not in key)
     assert theirs.backbone.bottom_up.extractor.state_dict().keys() == ours.backbone.body.extractor.state_dict().keys()
+
+
+def test_a_checkpoint_is_all_that_a_detector_needs(tmp_path):
+    """Trained by train_net.py's main on one engine, loaded by each without a config."""
+    from group_sampling import FaceDetector
+    from group_sampling.engines.tv.train import main
+
+    opts = torchvision_opts("mobilenet_v3_small", "TEST.PYRAMID.SCALES", "()", "OUTPUT_DIR", str(tmp_path))
+    flags = {"resume": False, "eval_only": False, "num_gpus": 1, "num_machines": 1, "machine_rank": 0}
+    main(Namespace(config_file=str(CONFIGS / "fpn_finest_sampling.yaml"), dist_url="auto", opts=opts, **flags))
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    engines = ["torchvision"] + ["detectron2"] * bool(importlib.util.find_spec("detectron2"))
+    options = {"device": "cpu", "score_thresh": 0.01}
+    weights = tmp_path / "model_final.pth"
+    found = [FaceDetector.from_checkpoint(weights, engine=engine, **options)(image) for engine in engines]
+    assert len(found[0].boxes) > 0
+    for faces in found[1:]:
+        assert np.allclose(faces.boxes, found[0].boxes, atol=1e-2)
+        assert np.allclose(faces.scores, found[0].scores, atol=1e-4)
 
 
 def test_addresses_of_torchvisions_weights(tmp_path, monkeypatch):

@@ -58,7 +58,8 @@ def run_block(block, checkout):
     return result.stdout
 
 
-def test_custom_data(checkout):
+@pytest.mark.slow
+def test_custom_data_of_a_short_training(checkout):
     draw_pictures(checkout / "my_faces", train=16, val=4)
     convert, look, train, show = runnable_blocks((DOCS / "custom_data.md").read_text())
     assert "16 images" in run_block(convert, checkout)

@@ -3,8 +3,6 @@
 ``pytest -m slow -s`` on this file prints the figures of docs/operator.md.
 """
 
-import runpy
-
 import pytest
 import torch
 
@@ -84,10 +82,12 @@ def test_work_of_a_small_scene(emulation, samples, second_pass):
         (2_250_000, 1, {"samples_per_group": 256}),  # in one group
     ],
 )
-def test_work_of_full_size_scenes(emulation, repository, anchors, images, options):
-    bench = runpy.run_path(str(repository / "projects/GroupSampling/benchmarks/bench_matcher.py"))
-    grid = bench["make_grid"](anchors)
-    faces = [bench["make_faces"](1000, grid.lattices[0].height * 4)] * images
+def test_work_of_full_size_scenes(emulation, repository, monkeypatch, anchors, images, options):
+    monkeypatch.syspath_prepend(repository / "projects/GroupSampling/benchmarks")
+    from bench_matcher import make_faces, make_grid
+
+    grid = make_grid(anchors)
+    faces = [make_faces(1000, grid.lattices[0].height * 4)] * images
     if anchors == 2_250_000:
         grid = grid.merged()
     check(count(emulation, grid, faces, **options), grid, faces, options)

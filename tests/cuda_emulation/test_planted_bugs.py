@@ -74,10 +74,10 @@ BUGS = {
         "__shared__ int32_t counts[2][kWarps / 2];",
         "bounds",
     ),
-    "shared memory for half of the boxes": Bug(
+    "shared memory for too few boxes": Bug(
         "cuda/match_kernels.cu",
         "__shared__ Reached<T> reached[kThreads];",
-        "__shared__ Reached<T> reached[kThreads / 2];",
+        "__shared__ Reached<T> reached[kThreads / 8];",
         "bounds",
     ),
     "an array that is not cleared": Bug(

@@ -31,7 +31,7 @@ FACES = torch.tensor([[8.0, 8, 24, 24], [20, 20, 52, 52]])
 
 
 def make_cfg(sampler="group"):
-    cfg = CfgNode({"MODEL": {}, "INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "TEST": {}, "SEED": 7})
+    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "TEST": {}, "SEED": 7})
     add_group_sampling_config(cfg)
     cfg.MODEL.GROUP_SAMPLING.SAMPLER = sampler
     cfg.MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP = 24
@@ -140,7 +140,9 @@ def test_counts_of_chosen_anchors():
     grid = AnchorGrid.from_cell_anchors([cell_anchors([16, 32, 64], [1.0])], [4], [(1, 1)])  # three anchors
     indices, labels = torch.tensor([[[0, 1, -1]], [[2, 0, 0]]]), torch.tensor([[[1, 0, -1]], [[1, 0, 0]]])
     chosen = AssignResult(indices, labels.to(torch.int8), indices, indices, indices)
-    assert count_anchors(grid, chosen).tolist() == [[1, 0, 1], [2, 1, 0]]
+    assert count_anchors(grid, chosen, chosen.labels >= 0).tolist() == [[1, 0, 1], [2, 1, 0]]
+    weights = torch.tensor([[[0.5, 2.0, 7.0]], [[4.0, 1.0, 0.25]]])
+    assert count_anchors(grid, chosen, weights).tolist() == [[0.5, 0, 4], [1.25, 2, 0]]
 
 
 def test_names_of_counts():

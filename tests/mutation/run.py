@@ -231,9 +231,12 @@ def check(module: str, only: Sequence[int]) -> bool:
     if not passes(subject):
         sys.exit(f"{module}: expected its tests to pass without a change, got a failure")
     start, total, lived, wrong = time.perf_counter(), 0, 0, 0
+    count = len(only) or sum(1 for _ in subject.mutants())
     for mutant in subject.mutants():
         if only and mutant.number not in only:
             continue
+        if total and total % 25 == 0:
+            print(f"{module}: {total - lived} of {total} died, {count - total} to come", flush=True)
         lives = passes(subject, mutant.tree)
         total, lived = total + 1, lived + lives
         if lives != (mutant.name in may_live):

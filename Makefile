@@ -1,4 +1,4 @@
-# make demo | test | test-slow | sanitize | bench | lint | format | env
+# make demo | test | test-slow | sanitize | mutants | bench | lint | format | env
 # Each sets up .venv first (once). DETECTRON2=<wheel, folder or URL> adds Detectron2 to it.
 
 PYTHON ?= python3
@@ -6,10 +6,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROJECT := projects/GroupSampling
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+# A process for each core, with one thread each; tests of threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 PYTEST_ARGS ?=
 CXX_FILES = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: env demo test test-slow sanitize bench lint format clean
+.PHONY: env demo test test-slow sanitize mutants bench lint format clean
 
 $(VENV)/.dependencies: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
@@ -35,20 +37,23 @@ env: $(VENV)/.extension
 	elif $(PY) -m pip install --no-index --no-deps --only-binary :all: detectron2 > /dev/null 2>&1; then \
 		$(PY) -m pip install -r requirements-detectron2.lock && echo "Detectron2: installed from the configured find-links"; \
 	else \
-		echo "Detectron2: not found; going on with the torchvision engine (README.md, Install, tells how to add it)"; \
+		echo "Detectron2: not found; continuing with the torchvision engine (to add it, see Install in README.md)"; \
 	fi
 
 demo: env
 	$(PY) $(PROJECT)/tools/demo.py
 
 test: env
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: env
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 sanitize: env  # the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PY) -m pytest -m slow tests/ops/test_op_builds.py -k sanitizers
+
+mutants: env  # changes the core's code, one small change at a time: do its tests notice? MODULES="boxes losses" for a part
+	$(PY) tests/mutation/run.py $(if $(MODULES),--modules $(MODULES))
 
 bench: env
 	$(PY) $(PROJECT)/benchmarks/bench_matcher.py
@@ -57,6 +62,7 @@ bench: env
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: env

@@ -10,11 +10,9 @@ may come in any order.
 """
 
 import argparse
-import sys
 
-from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.errors import add_debug_flag, exit_on_error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,22 +30,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="unique number of this machine")
     parser.add_argument("--dist-url", default="auto", help="where the processes meet, tcp://host:port")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_intermixed_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def train(args: argparse.Namespace) -> None:
     engine = resolve_engine(args.engine)
     print(f"engine: {engine}" + (" (--engine auto)" if args.engine == "auto" else ""), flush=True)
     if engine == "detectron2":
         from group_sampling.engines.d2.train import main as run
     else:
         from group_sampling.engines.tv.train import main as run
-    try:
-        run(args)
-    except (ConfigError, MissingDatasetError) as error:  # a user error; a traceback would hide the message
-        sys.exit(f"train_net.py: {error}")
+    run(args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error("train_net.py", args):
+        train(args)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ struct Window {
 
 GS_HOST_DEVICE Window empty_window() { return {0, -1, 0, -1}; }
 
-// Cells along one axis whose anchors' centres are within `reach` of `centre`; first > last when there are none.
-GS_HOST_DEVICE void clip_to_cells(double centre, double reach, double base_centre, double stride, double offset,
+// Cells along one axis whose anchors' centers are within `reach` of `center`; first > last when there are none.
+GS_HOST_DEVICE void clip_to_cells(double center, double reach, double base_center, double stride, double offset,
                                   int64_t size, int64_t* first, int64_t* last) {
-  const double low = (centre - reach - base_centre) / stride - offset;
-  const double high = (centre + reach - base_centre) / stride - offset;
+  const double low = (center - reach - base_center) / stride - offset;
+  const double high = (center + reach - base_center) / stride - offset;
   const double end = static_cast<double>(size - 1);
   if (!(low <= end && high >= 0.0)) {  // also when a coordinate is so large that the arithmetic gave NaN
     *first = 0;
@@ -92,7 +92,7 @@ GS_HOST_DEVICE void clip_to_cells(double centre, double reach, double base_centr
 // share_of_face * (face's area).
 //
 // With anchor a x b and face w x h, the intersection is at most ox * oy, ox <= min(a, w), oy <= min(b, h) and
-// oy <= (b + h) / 2 - |distance of the centres in y|. So it needs oy >= T / min(a, w), which bounds the rows; the same
+// oy <= (b + h) / 2 - |distance of the centers in y|. So it needs oy >= T / min(a, w), which bounds the rows; the same
 // in x bounds the columns. Two allowances keep the bound safe against the rounding of the T arithmetic that decides:
 // a relative 1e-5 on T, and `slack` pixels on every anchor coordinate.
 template <typename T>
@@ -117,12 +117,12 @@ GS_HOST_DEVICE Window window_of(const Lattice& lattice, const Box<T>& face, doub
   const double max_y = anchor_height + slack < height ? anchor_height + slack : height;
   if (!(max_x * max_y >= needed)) return empty_window();
 
-  const double centre_x = 0.5 * static_cast<double>(face.x1) + 0.5 * static_cast<double>(face.x2);
-  const double centre_y = 0.5 * static_cast<double>(face.y1) + 0.5 * static_cast<double>(face.y2);
+  const double center_x = 0.5 * static_cast<double>(face.x1) + 0.5 * static_cast<double>(face.x2);
+  const double center_y = 0.5 * static_cast<double>(face.y1) + 0.5 * static_cast<double>(face.y2);
   Window window;
-  clip_to_cells(centre_y, 0.5 * (anchor_height + height) + slack - needed / max_x, 0.5 * (lattice.y1 + lattice.y2),
+  clip_to_cells(center_y, 0.5 * (anchor_height + height) + slack - needed / max_x, 0.5 * (lattice.y1 + lattice.y2),
                 stride, lattice.offset, lattice.height, &window.row0, &window.row1);
-  clip_to_cells(centre_x, 0.5 * (anchor_width + width) + slack - needed / max_y, 0.5 * (lattice.x1 + lattice.x2),
+  clip_to_cells(center_x, 0.5 * (anchor_width + width) + slack - needed / max_y, 0.5 * (lattice.x1 + lattice.x2),
                 stride, lattice.offset, lattice.width, &window.col0, &window.col1);
   return window.row0 <= window.row1 && window.col0 <= window.col1 ? window : empty_window();
 }

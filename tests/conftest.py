@@ -24,6 +24,10 @@ EMULATED_KERNELS = pytest.StashKey[dict]()  # what ran, with --emulate-cuda
 
 # No deadline: a busy machine is not a failure. derandomize: a red run is red again.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
+# tests/mutation/run.py runs a test hundreds of times.
+hypothesis.settings.register_profile(
+    "mutants", hypothesis.settings.get_profile("default"), max_examples=10, phases=[hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("default")
 
 

@@ -1,4 +1,6 @@
-"""Slow, obviously right versions of the operators, written from the paper. They share no code with the package.
+"""Slow, obviously right versions of the operators, written from the paper, and of WIDER FACE's evaluation.
+
+They share no code with the package.
 
 Boxes come as numpy arrays of float32 or float64; the arithmetic is done in that type, one operation at a time.
 """
@@ -138,3 +140,58 @@ def _splitmix(z):
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
     return z ^ z >> 31
+
+
+def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty_images):
+    """The published evaluation, loop by loop. Boxes are (x, y, w, h), detections (x, y, w, h, score), dicts by image.
+
+    Returns AP and the (proposals, hits) at every threshold.
+    """
+    if any(math.isnan(detection[4]) for rows in detections.values() for detection in rows):
+        raise ValueError("NaN score")
+    scores = [detection[4] for rows in detections.values() for detection in rows]
+    lowest, highest = min(scores, default=0), max(scores, default=0)
+    totals = [[0, 0] for _ in range(num_thresholds)]
+    for image, faces in truth.items():
+        rows = detections.get(image, [])
+        if not rows or (not faces and skip_empty_images):
+            continue
+        rows = sorted(rows, key=lambda row: -row[4])
+        normalized = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
+        state = [0] * len(faces)
+        is_proposal, recalled = [], []
+        for x, y, w, h, _ in rows:
+            best, best_index = 0.0, None
+            for index, (fx, fy, fw, fh) in enumerate(faces):
+                overlap_w = min(x + w, fx + fw) - max(x, fx) + 1
+                overlap_h = min(y + h, fy + fh) - max(y, fy) + 1
+                if overlap_w <= 0 or overlap_h <= 0:
+                    continue
+                overlap = overlap_w * overlap_h
+                area = ((x + w) - x + 1) * ((y + h) - y + 1)
+                face_area = ((fx + fw) - fx + 1) * ((fy + fh) - fy + 1)
+                iou = overlap / (area + face_area - overlap)
+                if iou > best:
+                    best, best_index = iou, index
+            is_proposal.append(True)
+            if best >= 0.5:
+                if not counted[image][best_index]:
+                    state[best_index] = -1
+                    is_proposal[-1] = False
+                elif state[best_index] == 0:
+                    state[best_index] = 1
+            recalled.append(state.count(1))
+        for t in range(num_thresholds):
+            threshold = 1 - (t + 1) / num_thresholds
+            above = sum(score >= threshold for score in normalized)
+            if above:
+                totals[t][0] += is_proposal[:above].count(True)
+                totals[t][1] += recalled[above - 1]
+    num_faces = sum(sum(flags) for flags in counted.values())
+    if num_faces == 0:
+        return math.nan, totals
+    recall = [0.0] + [hits / num_faces for _, hits in totals] + [1.0]
+    precision = [0.0] + [hits / proposals if proposals else 0.0 for proposals, hits in totals] + [0.0]
+    for i in range(len(precision) - 2, -1, -1):
+        precision[i] = max(precision[i], precision[i + 1])
+    return sum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall))), totals

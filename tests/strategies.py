@@ -68,10 +68,10 @@ def scenes(draw, max_cells=80, max_faces=6):
         count = int(rng.integers(1, 4))
         if integral:  # sides are multiples of 5, so that IoUs of exactly 2/5 and 3/5 exist
             half = rng.choice([5, 10, 15, 20], (count, 2)) / 2
-            centre = np.zeros((count, 2))
+            center = np.zeros((count, 2))
         else:
-            half, centre = rng.uniform(1, 25, (count, 2)), rng.uniform(-6, 6, (count, 2))
-        cell_boxes.append(torch.from_numpy(np.concatenate([centre - half, centre + half], 1)).float())
+            half, center = rng.uniform(1, 25, (count, 2)), rng.uniform(-6, 6, (count, 2))
+        cell_boxes.append(torch.from_numpy(np.concatenate([center - half, center + half], 1)).float())
         strides.append(int(rng.choice([1, 2, 4, 8, 16])))
         height = int(rng.integers(0, 10))
         sizes.append((height, int(rng.integers(0, 1 + max_cells // (count * max(height, 1))))))
@@ -123,7 +123,7 @@ def _box(rng, anchors, integral):
         return (x1, y1, x1 + share * (x2 - x1), y2) if rng.random() < 0.5 else (x1, y1, x2, y1 + share * (y2 - y1))
     if kind == 5:  # around an anchor: many anchors tie inside it
         return (x1 - 4, y1 - 4, x2 + 4, y2 + 4)
-    if kind == 6:  # half-way between neighbours: both anchors, and both faces of a pair, tie
+    if kind == 6:  # half-way between neighbors: both anchors, and both faces of a pair, tie
         return (x1 + 2, y1, x2 + 2, y2)
     noise = rng.normal(0, 3, 4)
     return np.array([x1, y1, x2, y2]) + (np.round(noise) if integral else noise)

@@ -135,7 +135,7 @@ void match_densely(const MatchAnchorsCall& call) {
 
   const int64_t num_blocks = (num_anchors + kBlock - 1) / kBlock;
   const int64_t num_threads = threads_for(num_anchors * (6 + num_gts / 32), num_blocks);
-  // Neighbouring blocks share pages and cache lines of the results, so threads take runs of them.
+  // Neighboring blocks share pages and cache lines of the results, so threads take runs of them.
   const int64_t blocks_per_task = std::clamp<int64_t>(num_blocks / (8 * num_threads), 1, 64);
   const int64_t num_tasks = (num_blocks + blocks_per_task - 1) / blocks_per_task;
   std::vector<std::vector<uint8_t>> keep(num_threads, std::vector<uint8_t>(num_gts));

@@ -78,6 +78,8 @@ def test_layout_by_hand():
     assert grid.group_ids().tolist() == [0, 1] * 6 + [1, 1]
     assert grid.group_members(0).tolist() == [0, 2, 4, 6, 8, 10]
     assert grid.group_members(1).tolist() == [1, 3, 5, 7, 9, 11, 12, 13]
+    assert [grid.group_members(1, level=i).tolist() for i in (0, 1)] == [[1, 3, 5, 7, 9, 11], [12, 13]]
+    assert [grid.group_members(0, level=i).tolist() for i in (0, 1)] == [[0, 2, 4, 6, 8, 10], []]
     assert torch.equal(boxes.double(), grid.boxes(dtype=torch.float64))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from group_sampling.data.records import ImageRecord, UnreadableImageError
 from group_sampling.data.transforms import TrainTransform
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
-from group_sampling.experiments.balance import anchor_grid, sample_balance
+from group_sampling.experiments.balance import SampleBalance, anchor_grid, sample_balance, total_variation
 
 PROJECT = Path(__file__).resolve().parents[2] / "projects/GroupSampling"
 TOOL = PROJECT / "tools/balance_report.py"
@@ -154,6 +155,47 @@ def test_uniform_sampler_counts():
     np.testing.assert_allclose(balance.negatives, [250] * 4, atol=40)
 
 
+@pytest.mark.parametrize("loss_mean", ["all", "group"])
+@pytest.mark.parametrize("fill", ["negatives", "repeat", "weight"])
+def test_effective_samples(fill, loss_mean):
+    """What counts, image by image, against the table in docs/deviations.md."""
+    reading = ["MODEL.GROUP_SAMPLING.FILL", fill, "MODEL.GROUP_SAMPLING.LOSS_MEAN", loss_mean]
+    samples, places = 2000, 500  # more than the 768 anchors of each scale in most images
+    opts = [*STILL, *reading, "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP", str(samples)]
+    cfg = config("fpn_finest_sampling.yaml", *opts)
+    balance = sample_balance(cfg, RECORDS)
+    drawn, expected = [], []
+    for image in RECORDS:
+        labels, scales = oracle_labels(cfg, image)
+        members = [[i for i, scale in enumerate(scales) if scale == size] for size in (16, 32, 64, 128)]
+        counts = [oracle_counts(labels, group, samples, 0.25) for group in members]
+        drawn.append(np.transpose(counts))
+        if fill != "negatives":
+            counts = [(places if pos else 0, min(neg, samples - places)) for pos, neg in counts]
+        if loss_mean == "group":
+            total = sum(map(sum, counts))
+            counts = [[count * total / 4 / sum(pair) for count in pair] for pair in counts]
+        expected.append(np.transpose(counts))
+    np.testing.assert_allclose((balance.positives, balance.negatives), mean_counts(drawn))
+    found = balance.effective_positives, balance.effective_negatives
+    np.testing.assert_allclose(found, mean_counts(expected), rtol=1e-5)
+    shares = balance.shares(effective=True)
+    assert sum(map(sum, shares.values())) == pytest.approx(100) and list(shares) == ["16", "32", "64", "128"]
+    assert shares["32"][0] == pytest.approx(100 * mean_counts(expected)[0][1] / mean_counts(expected).sum(), rel=1e-5)
+
+
+def make_balance(scales, positives, negatives):
+    return SampleBalance(scales, positives, negatives, positives, negatives, 1)
+
+
+def test_total_variation():
+    a, b = make_balance((16.0, 32.0), (1.0, 3.0), (8.0, 8.0)), make_balance((16.0, 32.0), (4.0, 4.0), (16.0, 16.0))
+    # 1, 3, 8, 8 of 20 and 4, 4, 16, 16 of 40
+    assert total_variation(a, b) == total_variation(b, a) == pytest.approx((0.05 + 0.05 + 0 + 0) / 2)
+    assert total_variation(a, a) == 0
+    assert total_variation(a, make_balance((64.0,), (1.0,), (1.0,))) == pytest.approx(1)
+
+
 def test_seed_decides():
     cfg = config("fpn_finest.yaml", "INPUT.CROP.SIZE", "(64, 64)", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "64")
     assert sample_balance(cfg, RECORDS, seed=1) == sample_balance(cfg, RECORDS, seed=1)
@@ -199,12 +241,18 @@ def test_command(tmp_path, capsys):
     outputs = ["--json", tmp_path / "b.json", "--plot", tmp_path / "new/b.png"]
     run_tool("--config-file", *configs, "--annotations", file, *outputs, "--images", 2, *STILL)
     printed = capsys.readouterr().out
-    assert "fpn_finest_sampling" in printed and "@128" in printed
-    detectors = json.loads((tmp_path / "b.json").read_text())["detectors"]
+    assert "fpn_finest_sampling" in printed and "@128" in printed and "  effective" not in printed
+    assert re.search(r"total variation of fpn_finest and fpn_finest_sampling: [\d.]+ %, [\d.]+ % effective", printed)
+    content = json.loads((tmp_path / "b.json").read_text())
+    (pair,) = content["total_variation_in_percent"]
+    assert pair["detectors"] == ["fpn_finest", "fpn_finest_sampling"] and pair["drawn"] == pair["effective"] < 50
+    detectors = content["detectors"]
     assert list(detectors) == ["fpn_finest", "fpn_finest_sampling"]
     assert all(d["images"] == 2 and d["positives"][0] > 0 and d["positives"][3] == 0 for d in detectors.values())
     pixels = np.asarray(Image.open(tmp_path / "new/b.png").convert("L"))
     assert pixels.shape[1] > 600 and pixels.std() > 5
+    run_tool("--config-file", configs[1], "--annotations", file, *STILL, "MODEL.GROUP_SAMPLING.FILL", "weight")
+    assert re.search(r"^  effective +[\d.]+", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +274,14 @@ def test_bad_annotations(tmp_path, line, message):
 
 def test_absent_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(ConfigError, match="--annotations FILE"):
+    with pytest.raises(SystemExit, match="(?s)^balance_report.py: error: .*--annotations FILE"):
         run_tool("--config-file", CONFIGS / "fpn_finest.yaml", "--dataset", "wider_face_train")
     command = [sys.executable, str(TOOL), "--config-file", str(CONFIGS / "fpn_finest.yaml"), "--dataset", "wider_trian"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "balance_report.py: --dataset: " in result.stderr and "did you mean 'wider_face_train'" in result.stderr
+    assert (
+        "balance_report.py: error: --dataset: " in result.stderr and "did you mean 'wider_face_train'" in result.stderr
+    )
 
 
 def test_real_annotations_agree_with_the_official_text(reference_data):

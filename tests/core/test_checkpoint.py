@@ -2,7 +2,11 @@
 
 import os
 import pickle
+import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from fvcore.common.checkpoint import Checkpointer
@@ -10,14 +14,16 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from group_sampling.checkpoint import (
-    CheckpointMixin,
+    CheckpointError,
     Description,
     convert_names,
     main,
+    read_checkpoint,
     read_description,
     resolve_weights,
     saved_config,
 )
+from group_sampling.checkpointer import CheckpointMixin
 from group_sampling.config import ConfigError
 
 PAIRS = {  # Detectron2's name: torchvision's name
@@ -180,3 +186,97 @@ def test_checkpoints_describe_themselves_and_keep_it_when_converted(tmp_path):
     for name in ("described", "converted"):
         assert read_description(tmp_path / f"{name}.pth") == checkpointer.description
     assert saved_config("", str(tmp_path / "converted.pth"), needed_by="--weights") == "SEED: 3\n"
+
+
+# -- what to resume from ----------------------------------------------------------------------------------------------
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def resume(folder):
+    model = nn.Linear(3, 2)
+    return _Checkpointer(model, str(folder), optimizer=sgd(model)).resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda saved: saved.pop("iteration"),
+            r"expected the state of a training, got no 'iteration'; start a new run",
+        ),
+        (lambda saved: saved.pop("optimizer"), r"expected the state of a training, got no 'optimizer'"),
+        (lambda saved: saved.update(iteration="7"), r"expected the state of a training, got the iteration '7'"),
+        (lambda saved: saved.update(optimizer="x"), r"the state of its training cannot be used: AttributeError"),
+        (lambda saved: saved.update(optimizer={}), r"the state of its training cannot be used: KeyError"),
+        (
+            lambda saved: saved.update(optimizer={"state": {}, "param_groups": []}),
+            r"the state of its training cannot be used: ValueError: loaded state dict has a different number",
+        ),
+        (
+            lambda saved: saved.update(config=3),
+            r'expected text as its "config" and a list of texts as its "class_names"',
+        ),
+        (lambda saved: saved.update(class_names=3), r'and a list of texts as its "class_names", got str and 3'),
+        (lambda saved: saved.update({5: 3}), r"expected tensors by parameter name, got the keys \['weight', 'bias'\]"),
+        (lambda saved: saved.update(model={"weight": None, "bias": torch.zeros(2)}), r"expected weight to be a tensor"),
+        (lambda saved: saved.update(model="x"), r"expected tensors by parameter name, got the keys \['model'"),
+    ],
+)
+def test_the_state_of_a_training_is_whole(tmp_path, change, message):
+    """None of these may be answered with a traceback, or by starting over in silence."""
+    model = nn.Linear(3, 2)
+    _Checkpointer(model, str(tmp_path), optimizer=sgd(model)).save("model_0001", iteration=7)
+    assert resume(tmp_path)["iteration"] == 7
+    saved = torch.load(tmp_path / "model_0001.pth")
+    change(saved)
+    torch.save(saved, tmp_path / "model_0001.pth")
+    with pytest.raises(CheckpointError, match=rf"model_0001\.pth: .*{message}"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"nowhere.pth", b"../model_0001.pth", b"x" * 9000, None])
+def test_last_checkpoint_names_a_file_beside_it(tmp_path, content):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    model = nn.Linear(3, 2)
+    _Checkpointer(model, str(tmp_path), optimizer=sgd(model)).save("model_0001", iteration=7)
+    if content is None:
+        (folder / "last_checkpoint").mkdir()
+    else:
+        (folder / "last_checkpoint").write_bytes(content)
+    with pytest.raises(CheckpointError, match="^--resume: .*last_checkpoint: expected the name of a checkpoint"):
+        resume(folder)
+
+
+def test_the_nearest_name_of_other_weights(tmp_path):
+    torch.save({"state_dict": {"net.layer.weights": torch.zeros(2)}}, tmp_path / "other.pth")
+    model = nn.ModuleDict({"layer": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    message = (
+        r"other\.pth: none of its 1 parameters \(the first is .net\.layer\.weights., nearest to .layer\.weight.\) "
+        r"belongs to this model, which lacks all of its 4 \(layer\.weight, layer\.bias, head\.weight, \.\.\.\)\. "
+        "Understood are"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        _Checkpointer(model).load(str(tmp_path / "other.pth"))
+
+
+def test_a_pickle_says_how_to_convert_it(tmp_path):
+    """The command in the message works."""
+    values = {"weight": np.full((2, 3), 0.5, dtype=np.float32), "bias": np.zeros(2, dtype=np.float32)}
+    (tmp_path / "R.pkl").write_bytes(pickle.dumps({"model": values, "__author__": "x"}))
+    with pytest.raises(CheckpointError) as error:
+        _Checkpointer(nn.Linear(3, 2)).load(str(tmp_path / "R.pkl"))
+    command = str(error.value).partition("convert it: python -c ")[2]
+    subprocess.run([sys.executable, "-c", shlex.split(command)[0]], check=True, cwd=tmp_path, timeout=120)
+    model = nn.Linear(3, 2)
+    _Checkpointer(model).load(str(tmp_path / "weights.pth"))
+    assert model.weight.eq(0.5).all()
+
+
+def test_a_fifo_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(OSError, match="expected a regular file, got a FIFO"):
+        read_checkpoint(tmp_path / "a.pth")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
-from group_sampling.criterion import AnchorCriterion
+from group_sampling.criterion import BOX_LOSS_MEANS, AnchorCriterion
 from group_sampling.head import predict_from
-from group_sampling.ops import match_anchors
-from group_sampling.samplers import SAMPLERS, FocalSampler, GroupSampler, OHEMSampler
+from group_sampling.ops import AssignResult, match_anchors
+from group_sampling.samplers import FILLS, LOSS_MEANS, SAMPLERS, FocalSampler, GroupSampler, OHEMSampler
 
 
 def make_grid(height=16, width=16, sizes=(16, 32)):
@@ -111,7 +111,35 @@ def test_ignore_regions_are_no_negatives():
     whole = [faces((-100, -100, 200, 200))]
     zeros = predict_from(torch.zeros(1, grid.num_anchors), torch.zeros(1, grid.num_anchors, 4))
     assert criterion(grid, zeros, [faces()], iteration=0).num_neg.tolist() == [256]
-    assert criterion(grid, zeros, [faces()], whole, iteration=0).num_neg.tolist() == [0]
+    nothing = criterion(grid, zeros, [faces()], whole, iteration=0)
+    assert nothing.num_neg.tolist() == [0] and nothing.classification == nothing.localization == 0
+
+
+@pytest.mark.parametrize("kind", ["group", "uniform", "focal"])
+def test_a_single_positive_the_first_anchor(kind):
+    """Each average over one anchor is its loss: not halved, and not that of its neighbor."""
+    grid = make_grid(sizes=(16,))
+    options = {"pos_iou": 0.9, "neg_iou": 0.4}
+    sampler = FocalSampler(**options) if kind == "focal" else SAMPLERS[kind](1, positive_fraction=1.0, **options)
+    logits, deltas = torch.full((1, grid.num_anchors), -100.0), torch.zeros(1, grid.num_anchors, 4)
+    logits[0, 0], deltas[0, 0, 0] = math.log(3), 0.5  # softmax 3/4; half a side aside, so IoU 1/3
+    result = AnchorCriterion(sampler)(grid, predict_from(logits, deltas), [grid.boxes()[:1]], iteration=0)
+    expected = -math.log(3 / 4) * (0.25 * (1 / 4) ** 2 if kind == "focal" else 1)
+    assert result.num_pos.tolist() == [1]
+    assert result.classification.item() == pytest.approx(expected, rel=1e-5)
+    assert result.localization.item() == pytest.approx(4 / 9, rel=1e-5)
+
+
+def test_smooth_l1_is_l1_unless_asked_for():
+    grid = make_grid(sizes=(16,))
+    deltas = torch.zeros(1, grid.num_anchors, 4)
+    deltas[..., 1] = 0.25
+    for options, expected in (({}, 0.25), ({"smooth_l1_beta": 1.0}, 0.5 * 0.25**2)):
+        criterion = AnchorCriterion(
+            GroupSampler(1, positive_fraction=1.0, pos_iou=0.9), box_loss_type="smooth_l1", **options
+        )
+        result = criterion(grid, predict_from(deltas[..., 0], deltas), [grid.boxes()[:1]], iteration=0)
+        assert result.localization.item() == pytest.approx(expected)
 
 
 def test_draws_differ_between_iterations_and_repeat_with_the_seed():
@@ -127,6 +155,119 @@ def test_errors():
             sampler(found)
     with pytest.raises(ValueError, match="box_loss_type.*got 'giou'"):
         make_criterion(box_loss_type="giou")
+    with pytest.raises(ValueError, match="box_loss_mean.*got 'all'"):
+        make_criterion(box_loss_mean="all")
+    for options in ({"fill": "nothing"}, {"loss_mean": "scale"}):
+        with pytest.raises(ValueError, match=f"expected a fill among .*{next(iter(options.values()))}"):
+            GroupSampler(8, **options)
+
+
+def counted(drawn, image, group, fill, num_samples=12, places=3):
+    """(index, ground truth or None, how often it counts) of a group, once more from the sentences of the docstring."""
+    rows = zip(*(x[image, group].tolist() for x in (drawn.indices, drawn.labels, drawn.matched_gt)))
+    rows = [(index, gt if label == 1 else None) for index, label, gt in rows if label >= 0]
+    positives, negatives = [r for r in rows if r[1] is not None], [r for r in rows if r[1] is None]
+    if fill == "negatives":
+        return [(*row, 1) for row in rows]
+    others = negatives[: num_samples - places]
+    if fill == "repeat":
+        again = [positives[place % len(positives)] for place in range(places)] if positives else []
+        return [(*row, 1) for row in again + others]
+    return [(*row, places / len(positives)) for row in positives] + [
+        (*row, len(others) / len(negatives)) for row in negatives
+    ]
+
+
+@pytest.mark.parametrize("box_loss_mean", BOX_LOSS_MEANS)
+@pytest.mark.parametrize("loss_mean", LOSS_MEANS)
+@pytest.mark.parametrize("fill", FILLS)
+def test_readings_of_group_sampling(fill, loss_mean, box_loss_mean):
+    """Scales with enough positives, with too few, with none, with few anchors, and with nothing at all."""
+    lattices = [cell_anchors([size], [1.0]) for size in (16, 32, 64, 128)]
+    grid = AnchorGrid.from_cell_anchors(lattices, [4, 8, 32, 64], [(16, 16), (8, 8), (2, 2), (1, 1)])
+    small = [(x, y, x + 16, y + 16) for x in (8, 40) for y in (8, 40)]  # on anchors, one positive each
+    gt = [faces(*small), faces(*small[:2], (17, 16, 48, 48))]
+    ignore = [faces((-64, -64, 1, 64))] * 2  # the anchors of the first column
+    options = {"pos_iou": 0.65, "second_pass": "none", "seed": 3}
+    sampler = GroupSampler(12, fill=fill, loss_mean=loss_mean, **options)
+    criterion = AnchorCriterion(sampler, box_loss_type="smooth_l1", smooth_l1_beta=0.1, box_loss_mean=box_loss_mean)
+    drawn = criterion.sampler(grid, gt, ignore, iteration=2)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, grid.num_anchors, generator=generator)
+    deltas = 0.1 * torch.randn(2, grid.num_anchors, 4, generator=generator)
+    result = criterion(grid, predict_from(logits, deltas), gt, ignore, iteration=2)
+
+    seen = {(tuple(p), tuple(n)) for p, n in zip(drawn.num_pos.tolist(), drawn.num_neg.tolist())}
+    anchors = grid.boxes()
+    sums = [[0.0] * 4 for _ in range(4)]  # of a scale: losses, counts, regression losses, counts of positives
+    for image in range(2):
+        for group in range(4):
+            for index, match, count in counted(drawn, image, group, fill):
+                logit = logits[image, index].item()
+                target = 0.0
+                if match is not None:
+                    (ax1, ay1, ax2, ay2), (x1, y1, x2, y2) = anchors[index].tolist(), gt[image][match].tolist()
+                    width, height = ax2 - ax1, ay2 - ay1
+                    wanted = [((x1 + x2) - (ax1 + ax2)) / 2 / width, ((y1 + y2) - (ay1 + ay2)) / 2 / height]
+                    wanted += [math.log((x2 - x1) / width), math.log((y2 - y1) / height)]
+                    errors = [abs(a - b) for a, b in zip(deltas[image, index].tolist(), wanted)]
+                    target = sum(e - 0.05 if e >= 0.1 else e * e / 0.2 for e in errors)
+                row = sums[group]
+                row[0] += count * math.log(1 + math.exp(logit if match is None else -logit))
+                row[1] += count
+                row[2] += count * target
+                row[3] += count * (match is not None)
+    divisor = 3 if box_loss_mean == "positives" else 1
+    if loss_mean == "all":
+        columns = [sum(column) for column in zip(*sums)]
+        classification, localization = columns[0] / columns[1], columns[2] / columns[divisor]
+    else:
+        means = [row[0] / row[1] for row in sums if row[1]]
+        box_means = [row[2] / row[divisor] for row in sums if row[divisor]]
+        classification, localization = sum(means) / len(means), sum(box_means) / len(box_means)
+        assert len(means) == 3 and len(box_means) == (2 if box_loss_mean == "positives" else 3)
+    assert seen == {((3, 0, 0, 0), (9, 12, 2, 0)), ((2, 1, 0, 0), (10, 11, 2, 0))}
+    assert result.classification.item() == pytest.approx(classification, rel=1e-5)
+    assert result.localization.item() == pytest.approx(localization, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_mean", LOSS_MEANS)
+@pytest.mark.parametrize("fill", FILLS)
+def test_effective_weights_are_the_slopes_of_the_mean(fill, loss_mean):
+    """How fast the mean over an image grows with each loss, times what all of them count."""
+    num_pos, num_neg = torch.tensor([[2, 1, 0], [0, 0, 2], [0, 0, 0]]), torch.tensor([[6, 3, 0], [8, 1, 0], [0, 0, 0]])
+    column = torch.arange(8)
+    labels = torch.where(column < num_pos[..., None], 1, 0).masked_fill(column >= (num_pos + num_neg)[..., None], -1)
+    chosen = AssignResult(labels, labels.to(torch.int8), labels, num_pos, num_neg)
+    sampler = GroupSampler(8, positive_fraction=0.25, fill=fill, loss_mean=loss_mean)
+    found = sampler.effective_weights(chosen)
+    for image in range(3):
+        alone = AssignResult(*(part[image : image + 1] for part in chosen))
+        weights = sampler.weights(alone).float()
+        losses = torch.ones(1, 3, 8, requires_grad=True)
+        (slopes,) = torch.autograd.grad(sampler.average(losses, weights, weights), losses)
+        torch.testing.assert_close(found[image].float(), slopes[0] * weights.sum())
+    assert found[:2].sum(dim=(1, 2)).tolist() == pytest.approx(sampler.weights(chosen)[:2].sum(dim=(1, 2)).tolist())
+
+
+@pytest.mark.parametrize("loss_mean", LOSS_MEANS)
+def test_readings_without_anything_drawn(loss_mean):
+    grid, everything = make_grid(sizes=(16,)), [faces((-100, -100, 200, 200))]
+    criterion = AnchorCriterion(GroupSampler(8, fill="weight", loss_mean=loss_mean))
+    zeros = predict_from(torch.zeros(1, grid.num_anchors), torch.zeros(1, grid.num_anchors, 4))
+    result = criterion(grid, zeros, [faces()], everything, iteration=0)
+    assert result.classification == 0 and result.localization == 0
+
+
+def test_default_reading_has_the_bits_of_the_plain_mean():
+    grid, gt, logits, deltas = random_scene()
+    criterion = make_criterion()
+    result = criterion(grid, predict_from(logits, deltas), gt, iteration=0)
+    drawn = criterion.sampler(grid, gt, iteration=0)
+    chosen = drawn.labels >= 0
+    at = logits.gather(1, drawn.indices.clamp(min=0).flatten(1)).view_as(drawn.labels)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(at, (drawn.labels == 1).float(), reduction="none")
+    assert torch.equal(result.classification, (losses * chosen).sum() / chosen.sum())
 
 
 def random_scene(seed=0):

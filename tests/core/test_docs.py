@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,8 @@ def run_block(block, checkout):
     return result.stdout
 
 
-def test_custom_data(checkout):
+@pytest.mark.slow
+def test_custom_data_of_a_short_training(checkout):
     draw_pictures(checkout / "my_faces", train=16, val=4)
     convert, look, train, show = runnable_blocks((DOCS / "custom_data.md").read_text())
     assert "16 images" in run_block(convert, checkout)
@@ -80,13 +80,12 @@ def test_custom_data(checkout):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_custom_data_as_it_stands(checkout):
-    """The promise of the page: the whole of it in ten minutes, and a detector that has learnt its pictures."""
+    """The promise of the page: every command works as it stands, and the detector has learnt its pictures."""
     draw_pictures(checkout / "my_faces", train=16, val=4)
     blocks = runnable_blocks((DOCS / "custom_data.md").read_text())
-    start = time.monotonic()
     outputs = [run_block(block, checkout) for block in blocks]
-    assert time.monotonic() - start < 600
     known = blocks[-1].replace("my_faces/images/val", "my_faces/images/train")
     assert known != blocks[-1]
     found = re.search(r"(\d+) detections", run_block(known, checkout))

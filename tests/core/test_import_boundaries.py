@@ -15,11 +15,11 @@ PACKAGE = Path(group_sampling.__file__).parent
 
 # Lowest first. A module imports from its own layer or a lower one; docs/design.md says what each part is.
 LAYERS = (
-    {"version", "files", "timing", "distributed", "detections"},
-    {"boxes", "anchors", "scales", "ops", "config"},
-    {"losses", "head", "samplers", "criterion", "roi_sampling", "inference"},
+    {"version", "errors", "files", "timing", "distributed", "detections", "stop"},
+    {"boxes", "anchors", "scales", "ops", "config", "config_checks"},
+    {"losses", "head", "samplers", "criterion", "roi_sampling", "inference", "monitor"},
     {"data"},
-    {"pyramid", "evaluation", "checkpoint", "env", "faces"},
+    {"pyramid", "evaluation", "checkpoint", "checkpointer", "env", "faces"},
     {"engines"},
     {"detector"},
     {"experiments"},
@@ -142,14 +142,14 @@ def test_planted_edges_are_found(tmp_path, file, line, expected):
 def test_imports_are_those_of_the_interpreter():
     """What is read from the source of one module is what importing it loads."""
     modules = find_modules(PACKAGE)
-    closure, waiting = set(), ["checkpoint"]
+    closure, waiting = set(), ["checkpointer"]
     while waiting:
         name = waiting.pop()
         if name not in closure:
             closure.add(name)
             waiting += [target for target, _ in find_imports(name, modules) if target]
     script = (
-        "import sys, group_sampling.checkpoint; print(*[n for n in sys.modules if n.startswith('group_sampling.')])"
+        "import sys, group_sampling.checkpointer; print(*[n for n in sys.modules if n.startswith('group_sampling.')])"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
     names = [name for name in done.stdout.split() if name.startswith("group_sampling.")]

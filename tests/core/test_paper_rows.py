@@ -36,6 +36,7 @@ def check_row(cfg, facts):
     model = cfg.MODEL
     kinds = {name[0] for name in facts["features"]}
     assert {"P": FPN, "C": RESNET}[kinds.pop()] == model.BACKBONE.NAME and not kinds
+    assert model.BACKBONE.BOTTOM_UP == RESNET
     prefix = {FPN: "p", RESNET: "res"}[model.BACKBONE.NAME]
     assert list(model.RPN.IN_FEATURES) == [prefix + name[1:] for name in facts["features"]]
     assert strides_of(cfg) == dict(zip(TRAINING["anchor_scales"], facts["strides"], strict=True))
@@ -94,6 +95,7 @@ def check_training(cfg):
     assert len(cfg.TEST.PYRAMID.SCALES) > 1 and FACTS["test"]["pyramid"]
     assert min(cfg.TEST.PYRAMID.SCALES) < 1 < max(cfg.TEST.PYRAMID.SCALES)
     assert FACTS["test"]["max_side"] == cfg.TEST.PYRAMID.MAX_SIDE
+    assert FACTS["test"]["sub_detectors"] is cfg.TEST.SUB_DETECTORS
 
 
 def figure4_facts(detector, n):
@@ -158,6 +160,8 @@ MUTATIONS = [
     ("fpn_finest_sampling", ["MODEL.ROI_HEADS.NAME", "GroupedROIHeads"]),
     ("table2/p3", ["MODEL.RPN.IN_FEATURES", "['p2']"]),
     ("table2/c3", ["MODEL.BACKBONE.NAME", FPN, "MODEL.RPN.IN_FEATURES", "['p3']"]),
+    ("fpn_finest", ["MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone"]),
+    ("fpn_finest", ["MODEL.BACKBONE.BOTTOM_UP", "build_swin_t_backbone"]),
     ("table3/iou_l2", ["MODEL.RPN.BBOX_REG_LOSS_TYPE", "iou_log"]),
     ("table4/ohem", ["MODEL.RPN.BATCH_SIZE_PER_IMAGE", "512"]),
     ("table4/focal", ["MODEL.RETINANET.FOCAL_LOSS_GAMMA", "1.0"]),

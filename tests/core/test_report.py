@@ -18,16 +18,15 @@ from group_sampling.files import write_json
 SYNTHETIC = {"SYNTHETIC": {"NUM_VAL": 4, "HEIGHT": 96, "WIDTH": 128}}
 
 
-def make_run(folder, name, records, shift):
+def make_run(folder, name, records, shift, health):
     """A run whose detections are the faces moved by ``shift`` pixels."""
     run = Run(name, folder / name)
     metric = WiderFaceAP.from_records(records)
     for record in records:
         scores = np.linspace(0.9, 0.6, len(record.boxes))
         write_predictions(run.folder / "inference/val/predictions", record.image_id, record.boxes + shift, scores)
-        metric.update(
-            record.image_id, Detections(record.boxes + shift, scores, anchor_scales=np.full(len(scores), 16.0))
-        )
+        found = Detections(record.boxes + shift, scores)
+        metric.update(record.image_id, found._replace(sub_detectors={16.0: found}))
     write_json(run.folder / "inference/val/results.json", metric.compute().to_dict())
     rows = [
         {
@@ -38,6 +37,7 @@ def make_run(folder, name, records, shift):
             "rpn/num_neg@16": 10,
             "rpn/num_pos@128": 5,
             "rpn/num_neg@128": 3,
+            **health,
         }
         for i in range(8)
     ]
@@ -47,7 +47,11 @@ def make_run(folder, name, records, shift):
 
 def test_report(tmp_path):
     records = Catalog(SYNTHETIC)["synthetic_faces_val"].records
-    runs = [make_run(tmp_path, "exact", records, 0), make_run(tmp_path, "a <b> off", records, 40)]
+    of_scale = {"health/logit_std@16": 1.0, "health/score_pos@16": 0.75, "health/score_neg@16": 0.25}
+    health = {"health/units": 0.9, "grad_norm": 0.3, "health/grad_norm_max": 30.0, **of_scale}
+    runs = [make_run(tmp_path, "exact", records, 0, health), make_run(tmp_path, "a <b> off", records, 40, {})]
+    assert runs[0].health_scales() == ["16"] and runs[0].score_gaps("16") == (list(range(8)), [0.5] * 8)
+    assert runs[1].health_scales() == [] and runs[1].score_gaps("16") == ([], [])
     assert runs[0].samples_per_scale() == {"16": (3.5, 10.0), "128": (5.0, 3.0)}
     page = write_report(runs, "val", records, tmp_path / "out", title="A & B", notes=["note <1>"]).read_text()
     assert "A &amp; B" in page and "note &lt;1&gt;" in page and "a &lt;b&gt; off" in page
@@ -55,7 +59,7 @@ def test_report(tmp_path):
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == [
         *("detections_large.png", "detections_many.png", "detections_tiny.png"),
-        *("pr_curves.png", "samples_per_scale.png", "training_curves.png"),
+        *("health.png", "pr_curves.png", "samples_per_scale.png", "training_curves.png"),
     ]
     for name in pictures:
         assert f'src="{name}"' in page

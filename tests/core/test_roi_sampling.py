@@ -1,5 +1,6 @@
 """The draw of proposals against rules written out in plain Python, and the second stage's regression loss."""
 
+import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
 from group_sampling.config import ConfigError
+from group_sampling.evaluation import WiderFaceAP
 from group_sampling.losses import BOX_LOSSES, box_loss
 from group_sampling.ops import sample_groups
-from group_sampling.roi_sampling import ROI_SAMPLERS, GroupProposalSampler, build_proposal_sampler
+from group_sampling.roi_sampling import ROI_SAMPLERS, GroupProposalSampler, ProposalSample, build_proposal_sampler
 
 SCALES = (16, 32, 64, 128)
 NAN, INF = math.nan, math.inf
@@ -132,6 +134,17 @@ def test_scales_by_hand():
     assert make_sampler().scale_ids(boxes_of((0, 0, 8, 128), (0, 0, 16, 32), (0, 0, 16, 33))).tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("scales", [(16, 32, 64, 128), (12, 24, 48, 96, 400), (32,)])
+def test_training_and_evaluation_put_a_box_to_the_same_scale(scales):
+    """Each has the rule in its own arithmetic; whole sides make the areas exact and many of them ties."""
+    sides = list(itertools.product([1, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 400], repeat=2))
+    boxes = np.float32([(0, 0, width, height) for width, height in sides])
+    ids = GroupProposalSampler(1, scales=scales).scale_ids(torch.from_numpy(boxes)).tolist()
+    evaluator = WiderFaceAP({str(i): [box] for i, box in enumerate(boxes)}, sizes=scales, num_thresholds=1)
+    for image, result in evaluator.compute_by(str).items():
+        assert [result.num_faces[f"size {scale}"] for scale in scales].index(1) == ids[int(image)]
+
+
 def test_group_sampling_balances_what_uniform_sampling_does_not():
     """Most proposals are small, as on P2; the group sampler evens that out."""
     rng = np.random.default_rng(0)
@@ -165,7 +178,10 @@ def test_draws_depend_on_seed_iteration_and_image_and_repeat():
 
     first = draw(0, 0)
     assert first == draw(0, 0) and first[0] != first[1]
-    assert first[0] not in draw(0, 1) + draw(1, 0)
+    assert first[0] not in draw(0, 1)
+    of_seeds = [draw(seed, 0)[0] for seed in range(40)]
+    assert all(a != b for a, b in itertools.combinations(of_seeds, 2))
+    assert [s.indices.tolist() for s in make_sampler()(boxes, gts, iteration=0)] == first, "the seed is 0 by default"
 
 
 def test_draw_is_independent_of_that_of_the_anchors():
@@ -197,7 +213,7 @@ def test_all_negatives_can_be_drawn():
 
 @pytest.mark.parametrize("kind", ["group", "uniform"])
 def test_nothing_to_draw(kind):
-    bad = boxes_of((NAN, 0, 4, 4), (0, 0, INF, 8), (5, 5, 5, 9), (9, 9, 3, 3))
+    bad = boxes_of((NAN, 0, 4, 4), (0, 0, INF, 8), (5, 5, 5, 9), (0, 5, 9, 5), (9, 9, 3, 3))
     cases = [boxes_of(), bad, boxes_of((0, 0, 16, 16))]
     sampler = make_sampler(kind)
     samples = sampler(cases, [bad, bad, boxes_of()], iteration=0)
@@ -215,7 +231,22 @@ def test_ignore_regions_are_no_negatives():
     assert sorted(sample.indices.tolist()) == [0, 1, 2]
 
 
+def test_classes_of_what_was_drawn():
+    sample = ProposalSample(
+        torch.tensor([5, 0, 2]), torch.tensor([1, 1, 0], dtype=torch.int8), torch.tensor([0, 2, -1]), torch.zeros(3)
+    )
+    assert sample.classes(torch.tensor([7, 8, 9]), 80).tolist() == [7, 9, 80]
+    alone = ProposalSample(*(part[2:] for part in sample))
+    assert alone.classes(torch.tensor([7]), 80).tolist() == [80]
+    assert alone.classes(torch.zeros(0, dtype=torch.int64), 80).tolist() == [80]
+
+
+def test_no_images():
+    assert make_sampler()([], [], iteration=0) == []
+
+
 def test_errors():
+    assert make_sampler(num_samples=1).num_samples == GroupProposalSampler(1, scales=[0.5]).num_samples == 1
     with pytest.raises(ValueError, match="GroupProposalSampler: expected num_samples of at least 1, got 0"):
         make_sampler(num_samples=0)
     for scales in ([], [16, 0]):
@@ -238,7 +269,12 @@ def make_cfg(sampler="group", thresholds=(0.5,), labels=(0, 1)):
 def test_sampler_from_a_config():
     sampler = build_proposal_sampler(make_cfg())
     assert (type(sampler), sampler.num_samples, sampler.scales) == (GroupProposalSampler, 128, (16, 32, 64))
-    assert build_proposal_sampler(make_cfg("uniform", (0.4, 0.6), (0, -1, 1))).num_samples == 512
+    two = build_proposal_sampler(make_cfg("uniform", (0.4, 0.6), (0, -1, 1)))
+    assert two.num_samples == 512
+    boxes = boxes_of(*((0, 0, 100, height) for height in (30, 50, 70)))  # IoU 0.3, 0.5, 0.7
+    for built, expected in ((sampler, {0: 0, 1: 1, 2: 1}), (two, {0: 0, 2: 1})):
+        (sample,) = built([boxes], [boxes_of((0, 0, 100, 100))], iteration=0)
+        assert dict(zip(sample.indices.tolist(), sample.labels.tolist())) == expected
     names = "'uniform', 'group', got 'ohem'"
     with pytest.raises(ConfigError, match=rf"MODEL\.GROUP_SAMPLING\.ROI_SAMPLER: expected one of {names}"):
         build_proposal_sampler(make_cfg("ohem"))

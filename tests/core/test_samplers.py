@@ -13,6 +13,8 @@ from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.config import ConfigError, add_group_sampling_config
 from group_sampling.criterion import AnchorCriterion
 from group_sampling.head import SoftmaxRPNHead
+from group_sampling.monitor import count_anchors, name_counts
+from group_sampling.ops import AssignResult, MatchResult
 from group_sampling.roi_sampling import ROI_SAMPLERS
 from group_sampling.samplers import (
     SAMPLERS,
@@ -21,7 +23,7 @@ from group_sampling.samplers import (
     OHEMSampler,
     UniformSampler,
     build_anchor_sampler,
-    name_counts,
+    take_matches,
 )
 
 GRID = AnchorGrid.from_cell_anchors([cell_anchors([16, 32], [1.0])], [4], [(16, 16)])
@@ -57,6 +59,23 @@ def test_samplers_of_a_config(name, kind, num_samples, max_positives, face_prior
     assert sampler.match_options == {"pos_iou": 0.65, "neg_iou": 0.35, "second_pass": "best", "ignore_ioa": 0.3}
 
 
+def test_readings_of_a_config():
+    cfg = make_cfg("group")
+    cfg.MODEL.GROUP_SAMPLING.FILL, cfg.MODEL.GROUP_SAMPLING.LOSS_MEAN = "repeat", "group"
+    sampler = build_anchor_sampler(cfg)
+    assert (sampler.fill, sampler.loss_mean) == ("repeat", "group")
+    cfg.MODEL.GROUP_SAMPLING.SAMPLER = "uniform"  # a baseline, whatever the reading
+    assert not hasattr(build_anchor_sampler(cfg), "fill")
+
+
+def test_numbers_of_the_papers():
+    """Sec. 4.1 and 5; the focal loss of RetinaNet."""
+    sampler = FocalSampler()
+    assert sampler.match_options == {"pos_iou": 0.6, "neg_iou": 0.4, "second_pass": "all", "ignore_ioa": 0.5}
+    assert (sampler.alpha, sampler.gamma, sampler.face_prior, sampler.seed) == (0.25, 2.0, 0.01, 0)
+    assert GroupSampler(256).positive_fraction == UniformSampler(256).positive_fraction == 0.25
+
+
 def test_focal_loss_of_a_config():
     sampler = build_anchor_sampler(make_cfg("focal"))
     assert (sampler.alpha, sampler.gamma) == (0.3, 1.5)
@@ -89,6 +108,39 @@ def test_ranks_draw_what_one_process_would(name, monkeypatch):
     second_rank = sampler(GRID, faces[:2], iteration=3)
     for ours, theirs in zip(second_rank, alone):
         assert torch.equal(ours, theirs[2:])
+
+
+def test_what_was_assigned_to_chosen_anchors():
+    """Two images, three groups of four: positives and negatives of any place, ignored anchors, and none at all."""
+    match = MatchResult(
+        labels=torch.tensor([[1, 0, -1, 1, 0], [0, 0, 1, -1, 1]], dtype=torch.int8),
+        matched_gt=torch.tensor([[3, 0, 1, 2, -1], [-1, 4, 5, 6, 7]]),
+        best_iou=torch.zeros(2, 5),
+    )
+    index = torch.tensor(
+        [[[0, 1, 2, 3], [4, 3, -1, -1], [-1, -1, -1, -1]], [[0, 1, -1, -1], [2, 4, 3, -1], [0, 0, 0, 2]]]
+    )
+    taken = take_matches(match, index)
+    assert taken.indices.tolist() == [
+        [[0, 1, -1, 3], [4, 3, -1, -1], [-1, -1, -1, -1]],
+        [[0, 1, -1, -1], [2, 4, -1, -1], [0, 0, 0, 2]],
+    ]
+    assert taken.labels.tolist() == [
+        [[1, 0, -1, 1], [0, 1, -1, -1], [-1, -1, -1, -1]],
+        [[0, 0, -1, -1], [1, 1, -1, -1], [0, 0, 0, 1]],
+    ]
+    assert taken.matched_gt.tolist() == [
+        [[3, -1, -1, 2], [-1, 2, -1, -1], [-1, -1, -1, -1]],
+        [[-1, -1, -1, -1], [5, 7, -1, -1], [-1, -1, -1, 5]],
+    ]
+    assert taken.num_pos.tolist() == [[2, 1, 0], [0, 2, 1]] and taken.num_neg.tolist() == [[1, 1, 0], [2, 0, 3]]
+
+
+def test_counts_of_chosen_anchors():
+    grid = AnchorGrid.from_cell_anchors([cell_anchors([16, 32, 64], [1.0])], [4], [(1, 1)])  # three anchors
+    indices, labels = torch.tensor([[[0, 1, -1]], [[2, 0, 0]]]), torch.tensor([[[1, 0, -1]], [[1, 0, 0]]])
+    chosen = AssignResult(indices, labels.to(torch.int8), indices, indices, indices)
+    assert count_anchors(grid, chosen).tolist() == [[1, 0, 1], [2, 1, 0]]
 
 
 def test_names_of_counts():

@@ -64,7 +64,7 @@ def test_sizes_from_the_file_or_from_the_images(folds, tmp_path):
     "content, message",
     [
         (None, "no such file"),
-        (b"no image", "UnidentifiedImageError"),
+        (b"no image", "expected an image"),
     ],
 )
 def test_images_without_a_size(folds, tmp_path, content, message):

@@ -72,7 +72,7 @@ def _inside(shape, x, y):
     return u**2 + v**2 <= 1 if shape.is_ellipse else (abs(u) <= 1) & (abs(v) <= 1)
 
 
-def test_every_labelled_face_shows_40_percent_of_itself_or_more():
+def test_every_labeled_face_shows_40_percent_of_itself_or_more():
     """Paints figure numbers, far to near, on a grid of quarter pixels around each head, and counts."""
     hidden = 0
     for index in range(25):

@@ -52,7 +52,7 @@ def test_crop_first_gives_the_pixels_of_resize_first(scale, flip):
         got = TrainTransform(SCALES).apply_image(image, Geometry(scale, (x0, y0, x1, y1), flip))
         expected = whole[y0:y1, x0:x1][:, :: -1 if flip else 1]
         assert got.shape == expected.shape and got.flags.c_contiguous and got.flags.writeable
-        # One grey level: the filter's weights are rounded to fixed point at positions a rounding error apart.
+        # One gray level: the filter's weights are rounded to fixed point at positions a rounding error apart.
         assert np.abs(got.astype(int) - expected).max() <= 1
 
 

@@ -143,6 +143,7 @@ def test_rpn_in_a_stock_meta_architecture(make_cfg):
     """The proposal generator alone, in Detectron2's own GeneralizedRCNN with its standard ROI heads."""
     cfg = make_cfg(
         *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+        *("TEST.SUB_DETECTORS", "False"),
         *("MODEL.ROI_HEADS.IN_FEATURES", "['p2']", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
         *(
             "MODEL.ROI_BOX_HEAD.NUM_FC",
@@ -322,14 +323,22 @@ def test_unreadable_images_in_training_are_skipped_and_reported(make_args, tmp_p
             Image.fromarray(np.full((64, 64, 3), i, dtype=np.uint8)).save(path)
         lines += [f"0--Parade/{i}.jpg", "1", "10 10 20 20 0 0 0 0 0 0"]
     (tmp_path / "gt.txt").write_text("\n".join(lines) + "\n")
-    declared = f"[['mine', '{tmp_path}/gt.txt', '{tmp_path}/images']]"
+    (tmp_path / "two.txt").write_text("0--Parade/7.jpg\n0--Parade/8.jpg\n")
+    paths = f"'{tmp_path}/gt.txt', '{tmp_path}/images'"
+    declared = f"[['mine', {paths}], ['two', {paths}, '{tmp_path}/two.txt']]"
     args = make_args(
-        *("DATASETS.WIDER_FORMAT", declared, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"),
+        *("DATASETS.WIDER_FORMAT", declared, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('two',)"),
         *("SOLVER.IMS_PER_BATCH", "40", "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()"),
     )
     with caplog.at_level("WARNING"):
         main(args)
-    assert any("7.jpg" in record.getMessage() for record in caplog.records)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(message.startswith("skipping an unreadable image: ") and "7.jpg" in message for message in messages)
+    assert any("hit one of 1 unreadable images, which were replaced:\n" in message for message in messages)
+    (message,) = [message for message in messages if message.startswith("two: 1 of 2 images cannot be read")]
+    assert "/7.jpg: " in message
+    predictions = tmp_path / "out/inference/two/predictions/0--Parade"
+    assert [file.name for file in predictions.iterdir()] == ["8.txt"]
     assert (tmp_path / "out/model_final.pth").exists()
 
 
@@ -387,6 +396,5 @@ def test_command_line_says_which_engine(repository):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "engine: detectron2" in done.stdout
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("train_net.py: command line: this engine has no key MODEL.TYPO")
-    )
+    expected = "train_net.py: error: command line: this engine has no key MODEL.TYPO"
+    assert done.stderr.strip().splitlines()[-1].startswith(expected)

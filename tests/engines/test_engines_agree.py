@@ -30,15 +30,32 @@ COMMON = [
 ]
 SMALL = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "64"]
 SCRATCH = ["MODEL.BACKBONE.FREEZE_AT", "0"]
+TORCHVISION = ["MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone", "MODEL.BACKBONE.TORCHVISION_NAME"]
 VARIANTS = {
-    "sampling, R18, frozen": ("fpn_finest_sampling", SMALL),
-    "uniform, R18, BN": ("fpn_finest", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "BN"]),
-    "sampling, R18, GN, P2 and P3": (
+    "sampling by weight, R18, frozen": (
         "fpn_finest_sampling",
-        [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.RPN.IN_FEATURES", "['p2', 'p3']"],
+        [*SMALL, "MODEL.GROUP_SAMPLING.FILL", "weight", "MODEL.GROUP_SAMPLING.LOSS_MEAN", "group"],
+    ),
+    "uniform, R18, BN": ("fpn_finest", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "BN"]),
+    "sampling, repeated, R18, GN, P2 and P3": (
+        "fpn_finest_sampling",
+        [
+            *SMALL,
+            *SCRATCH,
+            *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.RPN.IN_FEATURES", "['p2', 'p3']"),
+            *("MODEL.GROUP_SAMPLING.FILL", "repeat", "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn"),
+        ],
     ),
     "sampling, R50": ("fpn_finest_sampling", []),
     "C4, R18, GN": ("rpn_c4", [*SMALL, *SCRATCH, "MODEL.RESNETS.NORM", "GN"]),
+    "MobileNetV3, BN": (
+        "fpn_finest_sampling",
+        [*TORCHVISION, "mobilenet_v3_small", *SCRATCH, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", "64"],
+    ),
+    "EfficientNet, P3, frozen": (
+        "table2/p3_sampling",
+        [*TORCHVISION, "efficientnet_b0", "MODEL.FPN.OUT_CHANNELS", "64"],
+    ),
     "FPN, R18, frozen": ("fpn", SMALL),
     "FPN-finest-stride, R18, frozen": ("fpn_finest_stride", SMALL),
     "OHEM, R18, frozen": ("table4/ohem", [*SMALL, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "4096"]),
@@ -46,7 +63,15 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+SLOW = ("EfficientNet, P3, frozen",)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(variant, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, variant in VARIANTS.items()
+    ]
+)
 def engines(request, repository, tmp_path):
     """Both configs and models, the torchvision one with the weights of the Detectron2 one."""
     name, opts = request.param
@@ -119,12 +144,16 @@ def test_samples_losses_and_detections_agree(engines, monkeypatch):
     with torch.no_grad():
         d2_found = engines.d2_model(engines.d2_batch)
         tv_found = tv_forward(engines)
-    for ours, theirs in zip(d2_found, tv_found):
-        ours = ours["instances"]
-        assert len(ours) == len(theirs["boxes"]) > 0
-        assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
-        assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
-        assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
+    for d2_output, tv_output in zip(d2_found, tv_found):
+        d2_scales, tv_scales = d2_output["sub_detectors"], tv_output["sub_detectors"]
+        assert list(d2_scales) == list(tv_scales) == [16, 32, 64, 128]
+        lists = [(d2_output["instances"], tv_output), *((d2_scales[s], tv_scales[s]) for s in tv_scales)]
+        assert len(tv_output["boxes"]) > 0  # a sub-detector of random weights may find nothing
+        for ours, theirs in lists:
+            assert len(ours) == len(theirs["boxes"])
+            assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
+            assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
+            assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
 
 
 def test_training_steps_agree(engines):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ from tv_cases import write_tiny_config
 import group_sampling.engines.tv.train as tv_train
 import group_sampling.evaluation.run as evaluation_run
 from group_sampling.data.catalog import Catalog, Source
-from group_sampling.detections import Detections
+from group_sampling.detections import Detections, map_lists
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.evaluation import CocoAP, WiderFaceAP, read_predictions
@@ -44,7 +45,14 @@ def found_in(record):
     boxes = (record.boxes + rng.uniform(0, 3, record.boxes.shape).cumsum(axis=1)).astype(np.float32)
     scales = rng.choice([16, 32, 64, 128], len(boxes)).astype(np.float32)
     classes = np.zeros(len(boxes), dtype=np.int64)
-    return Detections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
+    found = Detections(boxes, rng.random(len(boxes), dtype=np.float32), classes, scales)
+    return found._replace(
+        sub_detectors={16.0: found.select(slice(1, None)), 32.0: moved(found, 2), 64.5: moved(found, 9)}
+    )
+
+
+def moved(found, shift):
+    return found._replace(boxes=found.boxes + np.float32(shift), scores=found.scores[::-1].copy())
 
 
 def outputs(folder):
@@ -118,7 +126,9 @@ def test_shares_are_merged_without_duplicates(tmp_path, count):
         assert sorted(run.seen) == sorted(record.image_id for record in records)
         results = run.finish()
         found = outputs(Path(cfg.OUTPUT_DIR))
-        assert len([name for name in found if name.suffix == ".txt"]) == count
+        counts = Counter(name.parts[2] for name in found if name.suffix == ".txt")
+        folders = [f"predictions{scale}" for scale in ("", "@16", "@32", "@64.5")]
+        assert counts == (dict.fromkeys(folders, count) if count else {})
         expected = expected or (results, found)
         np.testing.assert_equal(results, expected[0])
         assert found == expected[1]
@@ -141,7 +151,7 @@ def test_continued_by_any_number_of_processes(tmp_path, first, second):
 def test_interrupted_while_the_results_are_written(tmp_path, monkeypatch):
     cfg = make_cfg(tmp_path)
     records, model = Catalog(cfg.DATASETS)[NAME].records, nn.Linear(1, 1)
-    monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args: 1 / 0)
+    monkeypatch.setattr("group_sampling.evaluation.run.write_predictions", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Simulated(cfg, records, model, 1, resume=False).finish()
     assert Simulated(cfg, records, model, 1, resume=True).seen == []
@@ -223,7 +233,7 @@ def test_killed_and_resumed(tmp_path, engine):
     assert not parts.exists()
     subprocess.run(**evaluation_command(engine, whole, tmp_path / "model.pth"), check=True, capture_output=True)
     found, expected = outputs(broken / "inference"), outputs(whole / "inference")
-    assert len(expected) == 302 and found == expected
+    assert len(expected) == 2 + 5 * 300 and found == expected
 
 
 def write_coco_set(folder, num_images=6):
@@ -259,20 +269,31 @@ class Oracle(nn.Module):
 
     def forward(self, images):
         if isinstance(images[0], torch.Tensor):
-            answers = []
-            for image in images:
-                boxes, scores, classes, scales = map(torch.from_numpy, self.find(image))
-                answers.append({"boxes": boxes, "scores": scores, "labels": classes, "anchor_scales": scales})
-            return answers
+            names = ("boxes", "scores", "labels", "anchor_scales")
+            return [
+                {
+                    **dict(zip(names, map(torch.from_numpy, found[:-1]))),
+                    "sub_detectors": {
+                        scale: dict(zip(names, map(torch.from_numpy, alone[:-1])))
+                        for scale, alone in found.sub_detectors.items()
+                    },
+                }
+                for found in map(self.find, images)
+            ]
         from detectron2.structures import Boxes, Instances
 
-        answers = []
-        for image in images:
-            boxes, scores, classes, scales = map(torch.from_numpy, self.find(image["image"]))
+        def instances(detections):
+            boxes, scores, classes, scales = map(torch.from_numpy, detections[:-1])
             found = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes))
             found.pred_boxes.clip(found.image_size)
             found.scores, found.pred_classes, found.anchor_scales = scores, classes, scales
-            answers.append({"instances": found})
+            return found
+
+        answers = []
+        for image in images:
+            found = self.find(image["image"])
+            by_scale = {scale: instances(alone) for scale, alone in found.sub_detectors.items()}
+            answers.append({"instances": instances(found), "sub_detectors": by_scale})
         return answers
 
 
@@ -287,14 +308,17 @@ def test_coco_format_on_both_engines(tmp_path):
     coco = CocoAP.from_file(tmp_path / "data/coco.json", max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
     wider = WiderFaceAP.from_records(records)
     for record in records:
-        found = found_in(record)
-        found = found._replace(boxes=found.boxes.clip(0, [160, 120, 160, 120]))
+        found = map_lists(
+            lambda found: found._replace(boxes=found.boxes.clip(0, [160, 120, 160, 120])), found_in(record)
+        )
         coco.update(record.image_id, found)
         wider.update(record.image_id, found)
     expected = {f"coco/{name}": value for name, value in coco.compute().metrics().items()}
     assert 0 < expected["coco/AP"] < 100
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
-    assert metrics["wider_face/AP_all"] == pytest.approx(100 * wider.compute().ap["all"])
+    wider = {f"wider_face/{name}": value for name, value in wider.compute().metrics().items()}
+    assert list(wider) == [f"wider_face/AP{name}" for name in ("_all", "@16", "@32", "@64.5")]
+    assert len(set(wider.values())) == 4 and {name: metrics[name] for name in wider} == pytest.approx(wider)
     folder = Path(cfg.OUTPUT_DIR) / "inference/mine"
     rows = json.loads((folder / "coco_instances_results.json").read_text())
     assert {row["category_id"] for row in rows} == {9} and {row["image_id"] for row in rows} <= set(range(3, 9))
@@ -310,7 +334,7 @@ def test_coco_format_on_both_engines(tmp_path):
     d2_cfg = tv_cases.d2_setup(args)
     ours = Trainer.test(d2_cfg, model)
     assert {f"coco/{name}": value for name, value in ours["coco"].items()} == pytest.approx(expected, nan_ok=True)
-    assert ours["wider_face"]["AP_all"] == pytest.approx(metrics["wider_face/AP_all"])
+    assert {f"wider_face/{name}": value for name, value in ours["wider_face"].items()} == pytest.approx(wider)
 
     # Detectron2's own evaluator, alone and together with ours, in the same hook.
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
@@ -322,16 +346,21 @@ def test_coco_format_on_both_engines(tmp_path):
 
 
 def test_predictions_are_a_submission(tmp_path):
-    """What an evaluation leaves evaluates to the same AP from the folder, and packed as users hand it in."""
+    """What an evaluation leaves evaluates to the same AP from the folder, and packed as users hand it in.
+
+    @s is All of the folder of the sub-detector s.
+    """
     cfg = make_cfg(tmp_path, "DATASETS.SYNTHETIC.NUM_VAL", 12)
     records = Catalog(cfg.DATASETS)[NAME].records
     results = Simulated(cfg, records, nn.Linear(1, 1), 2, resume=False)
-    ap = results.finish()["wider_face"]["AP_all"]
-    folder = Path(cfg.OUTPUT_DIR) / "inference" / NAME / "predictions"
-    packed = [folder]
+    metrics = results.finish()["wider_face"]
+    folder = Path(cfg.OUTPUT_DIR) / "inference" / NAME
+    expected = {folder / "predictions": metrics["AP_all"]}
     for kind in ("zip", "xztar", "gztar"):
-        packed.append(Path(shutil.make_archive(str(tmp_path / kind), kind, folder.parent, "predictions")))
-    for path in packed:
+        expected[Path(shutil.make_archive(str(tmp_path / kind), kind, folder, "predictions"))] = metrics["AP_all"]
+    expected.update({folder / f"predictions@{scale}": metrics[f"AP@{scale}"] for scale in ("16", "32", "64.5")})
+    assert len(set(expected.values())) == 4
+    for path, ap in expected.items():
         metric = WiderFaceAP.from_records(records)
         for image_id, found in read_predictions(path):
             metric.update(image_id, found)
@@ -384,11 +413,13 @@ def test_the_evaluation_after_a_training_is_continued(tmp_path, engine):
     first, *others = source.records
     interrupted = Evaluation(cfg, source, model, resume=False)
     mark = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.zeros(1, np.int64), np.float32([16]))
-    interrupted.add(first.image_id, mark)
+    alone = mark._replace(boxes=np.float32([[1, 2, 5, 6]]))
+    interrupted.add(first.image_id, mark._replace(sub_detectors=dict.fromkeys((16.0, 32.0, 64.0, 128.0), alone)))
     interrupted._partial.write()
 
     args.resume = True
     run(args)
-    found = {i: detections.boxes for i, detections in read_predictions(tmp_path / "inference" / NAME / "predictions")}
-    assert found[first.image_id].tolist() == [[1, 2, 3, 4]]
-    assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)
+    for name, box in (("predictions", [1, 2, 3, 4]), ("predictions@64", [1, 2, 5, 6])):
+        found = {i: detections.boxes for i, detections in read_predictions(tmp_path / "inference" / NAME / name)}
+        assert found[first.image_id].tolist() == [box]
+        assert len(found) == 1 + len(others) and not any(1 in found[record.image_id] for record in others)

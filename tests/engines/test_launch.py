@@ -1,6 +1,7 @@
 """Processes of a run: results come back, a failure or a signal ends all of them."""
 
 import ast
+import json
 import os
 import signal
 import socket
@@ -13,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from fvcore.common.config import CfgNode
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from group_sampling import distributed
-from group_sampling.engines.launch import launch
+from group_sampling.engines.launch import _explain, launch
+from group_sampling.errors import UserError
 
-CPU = CfgNode({"MODEL": {"DEVICE": "cpu"}})
+
+def make_cfg(folder):
+    return CfgNode({"MODEL": {"DEVICE": "cpu"}, "OUTPUT_DIR": str(folder)})
 
 
 def make_args(**values):
@@ -69,21 +73,22 @@ def assert_all_end(folder, seconds=20):
     return pids
 
 
-def test_one_process_needs_no_group():
+def test_one_process_needs_no_group(tmp_path):
     expected = {"rank": 0, "sum": 1, "all": [0], "main": [0], "from main": "rank 0", "device": "cpu"}
-    assert launch(exchange, CPU, make_args(num_gpus=1)) == expected
+    assert launch(exchange, make_cfg(tmp_path), make_args(num_gpus=1)) == expected
 
 
-def test_two_processes_return_the_main_ones_result():
+def test_two_processes_return_the_main_ones_result(tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     expected = {"rank": 0, "sum": 2, "all": [0, 1], "main": [0, 10], "from main": "rank 0", "device": "cpu"}
-    assert launch(exchange, CPU, make_args()) == expected
+    assert launch(exchange, make_cfg(tmp_path), make_args()) == expected
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_failure_ends_all_processes(tmp_path):
-    with pytest.raises(ChildFailedError, match="no luck on rank 1"):
-        launch(fail_on_rank_1, CPU, make_args(folder=str(tmp_path)))
+    with pytest.raises(RuntimeError, match="^rank 1: RuntimeError: no luck on rank 1") as caught:
+        launch(fail_on_rank_1, make_cfg(tmp_path), make_args(folder=str(tmp_path)))
+    assert "in fail_on_rank_1" in str(caught.value.__cause__)  # the traceback is there for --debug
     assert len(assert_all_end(tmp_path)) == 2
 
 
@@ -99,7 +104,7 @@ if __name__ == "__main__":
         dist_url=dist_url,
         folder=folder,
     )
-    print(test_launch.launch(getattr(test_launch, work), test_launch.CPU, args), flush=True)
+    print(test_launch.launch(getattr(test_launch, work), test_launch.make_cfg(folder), args), flush=True)
 """
 
 
@@ -138,3 +143,34 @@ def test_two_machines_meet_at_the_address(tmp_path):
     first, second = (ast.literal_eval(out.strip().splitlines()[-1]) for out, _ in outputs)
     assert (first["rank"], second["rank"]) == (0, 1) and first["all"] == second["all"] == [0, 1]
     assert first["main"] == [0, 10] and second["main"] == [] and second["from main"] == "rank 0"
+
+
+@pytest.mark.parametrize(
+    "reports, exit_code, expected",
+    [
+        (["RuntimeError: connection closed by peer", "UserError: SEED: expected 1"], 1, UserError("SEED: expected 1")),
+        (
+            ["RuntimeError: connection closed by peer"],
+            1,
+            RuntimeError("rank 0: RuntimeError: connection closed by peer"),
+        ),
+        (["UserError: two\nlines", None], 1, UserError("two\nlines")),
+        (
+            [None],
+            -9,
+            UserError("the process of rank 0 was ended: Signal 9 (SIGKILL) received by PID 7; the system does"),
+        ),
+        ([None], -11, UserError("the process of rank 0 was ended: Signal 11 (SIGSEGV) received by PID 7")),
+    ],
+)
+def test_the_process_at_fault_is_heard(tmp_path, reports, exit_code, expected):
+    """``reports`` are what the processes left, None: a file cut off; the agent names the first."""
+    files = []
+    for rank, text in enumerate(reports):
+        files.append(tmp_path / f"attempt_0/{rank}/error.json")
+        files[-1].parent.mkdir(parents=True)
+        content = {"message": {"message": text, "extraInfo": {"py_callstack": "...", "timestamp": "5"}}}
+        files[-1].write_text(json.dumps(content) if text else '{"mess')
+    named = ProcessFailure(0, 7, exit_code, str(files[0]) if reports[0] else "")
+    found = _explain(ChildFailedError("work", {0: named}), str(tmp_path))
+    assert type(found) is type(expected) and str(found).startswith(str(expected))

@@ -24,7 +24,7 @@ import group_sampling.engines.tv.train as tv_train
 from group_sampling.data.loader import Batch
 from group_sampling.data.records import ImageRecord
 from group_sampling.engines.build import build_training_loader, load_records
-from group_sampling.engines.step import FiniteLossGuard
+from group_sampling.engines.step import FiniteLossGuard, GradientClipper
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.ops import _library
@@ -158,7 +158,7 @@ def waits_of_torchvision(name, opts=(), change=lambda model: None):
     model, examples = build_model(cfg).train().to(GPU), batch(tv_train.to_example)
     change(model)
     optimizer = tv_train.build_optimizer(cfg, model)
-    guard = FiniteLossGuard(optimizer)
+    guard, _ = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
     for Event.step in range(2):
         with Waits() as waits:
             tv_train.train_step(model, optimizer, guard, examples, GPU, Event.step)
@@ -212,6 +212,19 @@ def test_torchvision(name):
 def test_detectron2(name, tmp_path):
     assert waits_of_detectron2(name, ("OUTPUT_DIR", str(tmp_path))) == {}
     assert Event.waits == [(6, 5)]
+
+
+@pytest.mark.parametrize("fill", ["repeat", "weight"])
+def test_readings_of_group_sampling(fill):
+    reading = ("MODEL.GROUP_SAMPLING.FILL", fill, "MODEL.GROUP_SAMPLING.LOSS_MEAN", "group")
+    assert waits_of_torchvision(SINGLE_STAGE[0], (*reading, "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn")) == {}
+
+
+@pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])
+@pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
+def test_clipping(waits_of, clip_type, tmp_path):
+    clipping = ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type)
+    assert waits_of(SINGLE_STAGE[0], (*clipping, "OUTPUT_DIR", str(tmp_path))) == {}
 
 
 # Of the two images of a batch. NMS and what is kept before it have a size that depends on values, and torchvision puts

@@ -50,7 +50,18 @@ def detect(cfg, model) -> dict:
             lambda cfg, source, detections: found.update(detections) or {},
         )
         tv_train.evaluate(cfg, model, CPU)
-    return {image_id: (image.boxes, image.scores, image.anchor_scales) for image_id, image in found.items()}
+    return {image_id: arrays_of(image) for image_id, image in found.items()}
+
+
+def arrays_of(found) -> tuple:
+    """Boxes, scores and anchor scales of the detections, and of those of each sub-detector in a row."""
+    lists = [found, *found.sub_detectors.values()]
+    assert list(found.sub_detectors) == [16, 32, 64, 128]
+    for scale, alone in found.sub_detectors.items():
+        assert (alone.anchor_scales == scale).all() and len(alone.scores)
+    joint, rest = lists[0], lists[1:]
+    parts = [np.concatenate([getattr(alone, name) for alone in rest]) for name in ("boxes", "scores", "anchor_scales")]
+    return joint.boxes, joint.scores, joint.anchor_scales, *parts
 
 
 @pytest.mark.parametrize("resize", [(), ("INPUT.MIN_SIZE_TEST", 90, "INPUT.MAX_SIZE_TEST", 120)], ids=["none", "to 90"])
@@ -70,7 +81,7 @@ def test_levels_and_tiles_are_those_of_the_config(tmp_path):
     model = make_model(cfg)
     found = detect(cfg, model)
     again = detect(cfg, model)
-    for image_id, (boxes, scores, anchor_scales) in found.items():
+    for image_id, (boxes, scores, anchor_scales, *_) in found.items():
         assert set(anchor_scales) <= {16, 32, 64, 128} and (np.diff(scores) <= 0).all()
         assert (boxes >= 0).all() and (boxes <= 128).all()
         assert all(np.array_equal(ours, theirs) for ours, theirs in zip(again[image_id], found[image_id]))
@@ -97,15 +108,18 @@ def test_wrapper_keeps_the_interface_of_the_model(tmp_path):
     assert not wrapped.training and not model.training
     outputs = wrapped(images)
     for image, output in zip(images, outputs):
-        assert set(output) == set(model([image.float()])[0])
-        assert len({len(value) for value in output.values()}) == 1 and not output["boxes"].requires_grad
+        assert output.keys() == model([image.float()])[0].keys()
+        by_scale = output.pop("sub_detectors")
+        assert list(by_scale) == [16, 32, 64, 128]
+        for found in (output, *by_scale.values()):
+            assert len({len(value) for value in found.values()}) == 1 and not found["boxes"].requires_grad
         assert output["labels"].dtype == torch.int64
 
 
 @pytest.mark.parametrize(
     "opts, message",
     [
-        (options(SCALES="(1.0, -2.0)"), "TEST.PYRAMID: scales: expected distinct positive factors"),
+        (options(SCALES="(1.0, -2.0)"), "TEST.PYRAMID.SCALES: expected numbers from 0.01 to 100"),
         (options(SCALES="(1.0,)", MAX_SIDE=200), "TEST.PYRAMID: max_side: .* 288"),
         (options(SCALES="(1.0,)", VOTE_THRESH=2.0), "TEST.PYRAMID: vote_thresh"),
         (options(SCALES="2.0"), "TEST.PYRAMID.SCALES"),
@@ -138,6 +152,7 @@ def d2_detect(cfg, model) -> dict:
     from detectron2.evaluation import DatasetEvaluator
 
     from group_sampling.engines.d2 import Trainer
+    from group_sampling.engines.d2.rcnn import to_detections
 
     class Collect(DatasetEvaluator):
         def __init__(self):
@@ -145,13 +160,9 @@ def d2_detect(cfg, model) -> dict:
 
         def process(self, inputs, outputs):
             for image, output in zip(inputs, outputs):
-                instances = output["instances"]
-                assert instances.image_size == (image["height"], image["width"]) and instances.has("pred_classes")
-                self.found[image["image_id"]] = (
-                    instances.pred_boxes.tensor.numpy(),
-                    instances.scores.numpy(),
-                    instances.anchor_scales.numpy(),
-                )
+                for instances in (output["instances"], *output["sub_detectors"].values()):
+                    assert instances.image_size == (image["height"], image["width"]) and instances.has("pred_classes")
+                self.found[image["image_id"]] = arrays_of(to_detections(output).numpy())
 
     collect = Collect()
     Trainer.test(cfg, model, [collect])
@@ -166,10 +177,11 @@ def test_engines_merge_identically(detectron2_pair, resize):
     ours, theirs = d2_detect(d2_cfg, detectron2_pair.d2_model), detect(tv_cfg, detectron2_pair.tv_model)
     assert list(ours) == list(theirs) and len(ours) == 3
     for image_id in ours:
-        (boxes, scores, scales), (tv_boxes, tv_scores, tv_scales) = ours[image_id], theirs[image_id]
-        assert len(boxes) == len(tv_boxes) > 50
-        assert np.allclose(boxes, tv_boxes, atol=1e-4, rtol=1e-4) and np.allclose(scores, tv_scores, atol=1e-4)
-        assert np.array_equal(scales, tv_scales)
+        for start in (0, 3):  # the joint list, those of the sub-detectors
+            (boxes, scores, scales), tv = ours[image_id][start : start + 3], theirs[image_id][start : start + 3]
+            assert len(boxes) == len(tv[0]) > 50
+            assert np.allclose(boxes, tv[0], atol=1e-4, rtol=1e-4) and np.allclose(scores, tv[1], atol=1e-4)
+            assert np.array_equal(scales, tv[2])
 
 
 @NEEDS_DETECTRON2

@@ -87,9 +87,12 @@ def test_every_config_trains_and_detects(name):
     assert all(loss.isfinite() for loss in losses.values()) and losses["loss_box_reg"] > 0
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert sum(count for key, count in model.sample_counts.items() if key.startswith("roi/num_pos")) > 0
-    (found,) = model.eval()([torch.rand(3, 100, 90) * 255])
-    assert set(found) == {"boxes", "scores", "labels", "anchor_scales"}
-    assert len({len(value) for value in found.values()}) == 1
+    (output,) = model.eval()([torch.rand(3, 100, 90) * 255])
+    by_scale = output.pop("sub_detectors", {})
+    assert list(by_scale) == ([] if name == "coco_grouped_faster_rcnn" else [16, 32, 64, 128])
+    for found in (output, *by_scale.values()):
+        assert set(found) == {"boxes", "scores", "labels", "anchor_scales"}
+        assert len({len(value) for value in found.values()}) == 1
 
 
 @pytest.mark.parametrize("name", ["table5/grouped_fast_rcnn", "table5/fast_rcnn"])

@@ -331,12 +331,16 @@ def test_engines_agree(engines, monkeypatch):
     d2_model.eval(), tv_model.eval()
     with torch.no_grad():
         d2_found, tv_found = d2_model(engines.d2_batch), tv_model(images)
-    for ours, theirs in zip((output["instances"] for output in d2_found), tv_found):
-        assert len(ours) == len(theirs["boxes"]) > 0
-        assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
-        assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
-        assert torch.equal(ours.pred_classes, theirs["labels"])
-        assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
+    for d2_output, tv_output in zip(d2_found, tv_found):
+        d2_scales, tv_scales = (output.get("sub_detectors", {}) for output in (d2_output, tv_output))
+        assert list(d2_scales) == list(tv_scales) == ([16, 32, 64, 128] if d2_model.sub_detectors else [])
+        lists = [(d2_output["instances"], tv_output), *((d2_scales[s], tv_scales[s]) for s in tv_scales)]
+        for ours, theirs in lists:
+            assert len(ours) == len(theirs["boxes"]) > 0
+            assert torch.allclose(ours.pred_boxes.tensor, theirs["boxes"], atol=1e-4, rtol=1e-4)
+            assert torch.allclose(ours.scores, theirs["scores"], atol=1e-4)
+            assert torch.equal(ours.pred_classes, theirs["labels"])
+            assert torch.equal(ours.anchor_scales, theirs["anchor_scales"])
 
 
 # Whole runs

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import runpy
 import subprocess
 import sys
@@ -74,4 +75,32 @@ def test_errors_of_the_user_have_no_traceback(repository):
     command = [sys.executable, "train_net.py", "--engine", "torchvision", "MODEL.DEVICE", "cpu", "MODEL.TYPO", "1"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "engine: torchvision" in done.stdout and "Traceback" not in done.stderr
-    assert "train_net.py: command line: this engine has no key MODEL.TYPO" in done.stderr
+    assert "train_net.py: error: command line: this engine has no key MODEL.TYPO" in done.stderr
+
+
+def test_a_broken_detectron2_is_said(repository, tmp_path):
+    """One that was built for another torch: auto goes on without it, in one line, and env tells why."""
+    package = tmp_path / "detectron2"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "layers.py").write_text('raise ImportError("_C.so: undefined symbol: _ZN2at\\n4_opsE")')
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    script = """
+import runpy, sys
+from group_sampling.env import collect_env
+rows = dict(collect_env())
+print(rows["engine auto"])
+sys.argv = ["train_net.py", "MODEL.DEVICE", "cpu", "MODEL.TYPO", "1"] + sys.argv[1:]
+runpy.run_path("train_net.py", run_name="__main__")
+"""
+    reason = "Detectron2 is installed and cannot be imported (ImportError: _C.so: undefined symbol: _ZN2at 4_opsE)"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"torchvision: {reason}", "engine: torchvision (--engine auto)"]
+    first, last = done.stderr.splitlines()
+    assert first == f"--engine auto takes torchvision: {reason}" and done.returncode == 1
+    assert last.startswith("train_net.py: error: command line: this engine has no key MODEL.TYPO")
+    command.append("--engine=detectron2")
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"train_net.py: error: --engine detectron2: {reason}; README.md")

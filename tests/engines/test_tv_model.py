@@ -209,7 +209,7 @@ def test_detections(make_model):
         first, second = model([image(96, 128), image(61, 47)])
     for output, (height, width) in ((first, (96, 128)), (second, (61, 47))):
         boxes = output["boxes"]
-        assert set(output) == {"boxes", "scores", "labels", "anchor_scales"} and 0 < len(boxes) <= 50
+        assert output.keys() == {"boxes", "scores", "labels", "anchor_scales", "sub_detectors"} and 0 < len(boxes) <= 50
         assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
         assert (output["scores"].diff() <= 0).all() and (output["labels"] == 0).all()
         assert set(output["anchor_scales"].tolist()) <= {16.0, 32.0, 64.0, 128.0}

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,6 @@ import group_sampling.engines.tv.train as tv_train
 from group_sampling import distributed
 from group_sampling.checkpoint import convert_names
 from group_sampling.config import ConfigError
-from group_sampling.data.records import UnreadableImageError
 from group_sampling.engines.launch import launch
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.events import logging_to
@@ -78,8 +78,11 @@ def test_metrics_have_detectron2s_names(trained):
     assert [line["iteration"] for line in lines] == [19, 19, 39, 39]
     losses, counts = lines[0], {f"rpn/{kind}@{scale}" for kind in ("num_pos", "num_neg") for scale in SCALES}
     names = {"iteration", "total_loss", "loss_rpn_cls", "loss_rpn_loc", "lr", "time", "data_time", "time_assign"}
-    names.add("eta_seconds")
-    assert losses.keys() == names | counts
+    names |= {"eta_seconds", "grad_norm"}
+    per_scale = {f"health/{kind}@{scale}" for kind in ("logit_std", "score_pos", "score_neg") for scale in SCALES}
+    assert losses.keys() <= names | counts | per_scale | {"health/units", "health/grad_norm_max"}
+    assert losses.keys() >= names | counts | {f"health/logit_std@{scale}" for scale in SCALES}
+    assert 0.5 < losses["health/units"] <= 1 and losses["health/grad_norm_max"] >= losses["grad_norm"] > 0
     assert losses["lr"] == pytest.approx(0.01) and losses["eta_seconds"] > 0
     assert all(losses[f"rpn/num_pos@{s}"] + losses[f"rpn/num_neg@{s}"] == pytest.approx(32) for s in SCALES)
     assert lines[1].keys() - {"iteration"} <= AP_KEYS
@@ -96,6 +99,7 @@ def test_files_of_a_run(trained):
     assert any(name.startswith("events.out.tfevents") for name in names)
     log = (folder / "log.txt").read_text()
     assert "eta: 0:00:00  iter: 39  total_loss: " in log and "Saving checkpoint" in log
+    assert log.count("health: units: ") == 2 and "may look fine" not in log
     inference = folder / "inference/synthetic_faces_val"
     assert len(list(inference.glob("predictions/*/*.txt"))) == 3
     assert (inference / "results.json").exists() and (inference / "pr_curves.png").exists()
@@ -243,13 +247,20 @@ def test_odd_annotations_and_an_unreadable_image(tmp_path):
     for kind in ("zero area: 1", "inverted (negative width or height): 1"):
         assert kind in log
     assert "skipping an unreadable image" in log and "photos/b/broken.jpg" in log
-    assert "draws hit one of 1 unreadable images; 1 images had 1 boxes outside of them" in log
+    assert re.search(
+        r"draws hit one of 1 unreadable images, which were replaced:\n"
+        r"  \S+photos/b/broken.jpg: .*\n1 images had 1 boxes outside of them\n",
+        log,
+    )
     assert load(tmp_path / "model_final.pth")["iteration"] == 7
     assert all(np.isfinite(value) for line in read_metrics(tmp_path) for value in line.values())
 
     opts = [*sets, "DATASETS.TEST", "('mine',)"]
-    with pytest.raises(UnreadableImageError, match=r"photos/b/broken\.jpg"):
-        main(arguments(tmp_path, *opts, "MODEL.WEIGHTS", tmp_path / "model_final.pth", eval_only=True))
+    arguments_of_test = arguments(tmp_path, *opts, "MODEL.WEIGHTS", tmp_path / "model_final.pth", eval_only=True)
+    assert "wider_face/AP_all" in main(arguments_of_test)
+    log = (tmp_path / "log.txt").read_text()
+    message = "mine: 1 of 7 images cannot be read and count as images without detections:"
+    assert re.search(rf"{message}\n  \S+photos/b/broken.jpg: ", log)
 
 
 def test_only_images_without_faces(tmp_path):

@@ -125,7 +125,8 @@ def test_stock_architecture_refuses_the_other_engines_weights(tmp_path, checkpoi
     from detectron2.engine import DefaultPredictor
     from tv_cases import d2_setup
 
-    cfg = d2_setup(make_args("OUTPUT_DIR", tmp_path, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *opts)).clone()
+    stock = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "TEST.SUB_DETECTORS", "False"]
+    cfg = d2_setup(make_args("OUTPUT_DIR", tmp_path, *stock, *opts)).clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(checkpoint)
     with pytest.raises(ConfigError, match=rf"missing \({part}"):

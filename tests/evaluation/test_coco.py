@@ -239,7 +239,7 @@ def test_figures_and_curves(tmp_path):
     assert set(one.metrics()) == {*METRICS, "AR"} and all(np.isnan(p).all() for _, p in one.curves.values())
 
 
-@pytest.mark.parametrize("area", ["9", True, None])
+@pytest.mark.parametrize("area", ["nine", True, [9]])
 def test_areas_of_the_file_decide(tmp_path, area):
     """The file's area, here that of a medium object, not that of the box; one that is no number is refused."""
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 5000}

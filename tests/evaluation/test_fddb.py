@@ -322,14 +322,14 @@ def test_refused_annotations_and_ellipses():
 
 def faces_of(rng, count, size=(200, 200)):
     """Upright ellipses, and boxes of which they are an affine function."""
-    centre, width = rng.uniform(60, 140, (count, 2)), rng.uniform(30, 60, count)
+    center, width = rng.uniform(60, 140, (count, 2)), rng.uniform(30, 60, count)
     height = width * rng.uniform(1.1, 1.5, count)
     boxes = np.column_stack(
-        [centre[:, 0] - width / 2, centre[:, 1] - height / 2, *(centre.T + [width / 2, height / 2])]
+        [center[:, 0] - width / 2, center[:, 1] - height / 2, *(center.T + [width / 2, height / 2])]
     )
     tilt = 0.002 * (height - 45)
     theta = np.where(tilt >= 0, tilt - np.pi / 2, tilt + np.pi / 2)
-    ellipses = np.column_stack([0.6 * height, 0.48 * width, theta, centre[:, 0], centre[:, 1] - 0.1 * height])
+    ellipses = np.column_stack([0.6 * height, 0.48 * width, theta, center[:, 0], center[:, 1] - 0.1 * height])
     return boxes, ellipses
 
 

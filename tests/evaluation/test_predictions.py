@@ -87,12 +87,11 @@ ROW = r"expected 'x y w h score', finite numbers with w and h not negative, got 
 @pytest.mark.parametrize(
     "content, line, message",
     [
-        (b"", 1, "expected the image name 'big', got ''"),
         (b"bi\n0\n", 1, "expected the image name 'big', got 'bi'"),
         (b"big", 2, "expected the number of detections, got the end of the file"),
         (b"big\ntwo\n", 2, "expected the number of detections, got 'two'"),
         (b"big\n-1\n", 2, "expected the number of detections, got '-1'"),
-        (b"big\n1.0\n1 2 3 4 5\n", 2, "expected the number of detections, got '1.0'"),
+        (b"big\n1.5\n1 2 3 4 5\n", 2, "expected the number of detections, got '1.5'"),
         (b"big\n2\n1 2 3 4 0.5\n", 2, "expected as many lines as it says, 2, got 1"),
         (b"big\n1\n1 2 3 4 0.5\n1 2 3 4 0.5\n", 2, "expected as many lines as it says, 1, got 2"),
         (b"big\n2\n1 2 3 4 0.5\n1 2 3 4\n", 4, ROW + "'1 2 3 4'"),

@@ -14,15 +14,20 @@ def detections(seed, with_scales=True):
     count = int(rng.integers(0, 5))
     boxes = rng.uniform(0, 100, (count, 4)).astype(np.float32)
     scales = rng.choice([16, 32], count).astype(np.float32) if with_scales else None
-    return Detections(boxes, rng.random(count, dtype=np.float32), rng.integers(0, 3, count), scales)
+    found = Detections(boxes, rng.random(count, dtype=np.float32), rng.integers(0, 3, count), scales)
+    if not with_scales or seed % 2:
+        return found
+    return found._replace(sub_detectors={16.0: found.select(slice(2, None)), 45.2548: detections(seed + 101, False)})
 
 
 def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for image_id, ours in found.items():
-        for mine, theirs in zip(ours, expected[image_id]):
+        for mine, theirs in zip(ours, expected[image_id], strict=True):
             assert (mine is None) == (theirs is None)
-            if mine is not None:
+            if isinstance(mine, dict):
+                assert_equal(mine, theirs)
+            elif mine is not None:
                 assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and np.array_equal(mine, theirs)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from group_sampling.data.catalog import Catalog
+from group_sampling.data.loader import BadDataError
 from group_sampling.detections import Detections
 from group_sampling.engines.tv.config import load_config
 from group_sampling.evaluation.run import Evaluation
@@ -108,3 +109,20 @@ def test_annotations_are_read_once(tmp_path, monkeypatch, repository, opened, ma
     for file in files:
         content = (folder / file).read_bytes()
         assert json.loads(content)["protocol"] if file.endswith(".json") else content.startswith(b"\x89PNG")
+
+
+def test_unreadable_images_above_the_share_stop_an_evaluation(tmp_path, repository):
+    """A tenth of 60 images may be unreadable; of a few images, four."""
+    config = str(repository / "projects/GroupSampling/configs/fpn_finest.yaml")
+    for number, allowed in ((60, 6), (10, 4)):
+        lines = [line for index in range(number) for line in (f"{index}.jpg", "0")]
+        (tmp_path / "gt.txt").write_text("\n".join(lines))
+        opts = ["DATASETS.WIDER_FORMAT", f"(('faces', '{tmp_path}/gt.txt', '{tmp_path}'),)", "MODEL.DEVICE", "cpu"]
+        cfg = load_config(config, [*opts, "OUTPUT_DIR", str(tmp_path)])
+        evaluation = Evaluation(cfg, Catalog(cfg.DATASETS)["faces"], None, resume=False)
+        for index in range(allowed):
+            evaluation.skip(f"{index}.jpg", "it is text")
+        with pytest.raises(
+            BadDataError, match=rf"faces: {allowed + 1} of {number} images .*at most 0\.1(?s:.*)3\.jpg: it"
+        ):
+            evaluation.skip("last.jpg", "it is text")

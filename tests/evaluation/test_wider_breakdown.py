@@ -16,6 +16,7 @@ from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
 
 EVENTS = 3
+SIZES = (16, 32, 64, 128)
 
 
 def evaluator_of(truth, subsets, ignore, detections, **options):
@@ -55,7 +56,7 @@ def test_events_are_evaluated_on_their_own():
 def test_one_event_is_the_whole():
     for seed in range(20):
         truth, counted, ignore, detections, *_ = random_set(seed)
-        evaluator = evaluator_of(truth, {"easy": counted}, ignore, detections, by_size=True)
+        evaluator = evaluator_of(truth, {"easy": counted}, ignore, detections, sizes=SIZES)
         (result,) = evaluator.compute_by(lambda image: "all").values()
         np.testing.assert_equal(result.to_dict(), evaluator.compute().to_dict())
 
@@ -78,8 +79,8 @@ def test_sizes_equal_all_without_what_does_not_count():
     defined = 0
     for seed in range(60):
         truth, _, ignore, detections, *_ = random_set(seed)
-        result = evaluate(truth, None, ignore, detections, by_size=True)
-        for scale in (16, 32, 64, 128):
+        result = evaluate(truth, None, ignore, detections, sizes=SIZES)
+        for scale in SIZES:
             faces, ignored, rows = {}, {}, {}
             aside = (5000, 5000, 9, 9)  # an ignored face to which strays are moved: their scores still count
             for image in truth:
@@ -95,8 +96,8 @@ def test_sizes_equal_all_without_what_does_not_count():
             assert result.ap[f"size {scale}"] == pytest.approx(expected.ap["all"], abs=1e-12, nan_ok=True), seed
             assert result.num_faces[f"size {scale}"] == expected.num_faces["all"]
             defined += not math.isnan(expected.ap["all"])
-        assert sum(result.num_faces[f"size {s}"] for s in (16, 32, 64, 128)) == result.num_faces["all"]
-        assert sum(result.num_detections[f"size {s}"] for s in (16, 32, 64, 128)) == result.num_detections["all"]
+        assert sum(result.num_faces[f"size {s}"] for s in SIZES) == result.num_faces["all"]
+        assert sum(result.num_detections[f"size {s}"] for s in SIZES) == result.num_detections["all"]
     assert defined > 50
 
 
@@ -178,7 +179,7 @@ def test_real_curves_have_their_published_ap(shared_data, tmp_path):
 def test_sums_on_a_published_result_set(reference_data):
     """Faces and detections of all events and sizes add up to those of the set."""
     folder, numbers = reference_data.folder / "wider", reference_data.numbers
-    evaluator = WiderFaceAP.from_official(folder / "ground_truth_mat", by_size=True)
+    evaluator = WiderFaceAP.from_official(folder / "ground_truth_mat", sizes=SIZES)
     for image, found in read_predictions(folder / f"predictions/{numbers['result_sets']['smallest']}.tar.xz"):
         evaluator.update(image, found)
     whole, events = evaluator.compute(), evaluator.compute_by(lambda image: image.split("/")[0])

@@ -9,80 +9,33 @@ import types
 import numpy as np
 import pytest
 import torch
+from oracles import published_protocol
 
 from group_sampling.data.wider_face import read_annotations
 from group_sampling.detections import Detections
 from group_sampling.evaluation import WiderFaceAP, read_predictions
 from group_sampling.files import write_json
 
-
-def published_protocol(truth, counted, detections, *, num_thresholds, skip_empty_images, score_range=None):
-    """The published evaluation, loop by loop. Boxes are (x, y, w, h), detections (x, y, w, h, score), dicts by image.
-
-    Returns AP and the (proposals, hits) at every threshold. ``score_range`` replaces the range of the given scores.
-    """
-    if any(math.isnan(detection[4]) for rows in detections.values() for detection in rows):
-        raise ValueError("NaN score")
-    scores = [detection[4] for rows in detections.values() for detection in rows]
-    lowest, highest = score_range or (min(scores, default=0), max(scores, default=0))
-    totals = [[0, 0] for _ in range(num_thresholds)]
-    for image, faces in truth.items():
-        rows = detections.get(image, [])
-        if not rows or (not faces and skip_empty_images):
-            continue
-        rows = sorted(rows, key=lambda row: -row[4])
-        normalised = [(row[4] - lowest) / (highest - lowest) if highest > lowest else 1.0 for row in rows]
-        state = [0] * len(faces)
-        is_proposal, recalled = [], []
-        for x, y, w, h, _ in rows:
-            best, best_index = 0.0, None
-            for index, (fx, fy, fw, fh) in enumerate(faces):
-                overlap_w = min(x + w, fx + fw) - max(x, fx) + 1
-                overlap_h = min(y + h, fy + fh) - max(y, fy) + 1
-                if overlap_w <= 0 or overlap_h <= 0:
-                    continue
-                overlap = overlap_w * overlap_h
-                area = ((x + w) - x + 1) * ((y + h) - y + 1)
-                face_area = ((fx + fw) - fx + 1) * ((fy + fh) - fy + 1)
-                iou = overlap / (area + face_area - overlap)
-                if iou > best:
-                    best, best_index = iou, index
-            is_proposal.append(True)
-            if best >= 0.5:
-                if not counted[image][best_index]:
-                    state[best_index] = -1
-                    is_proposal[-1] = False
-                elif state[best_index] == 0:
-                    state[best_index] = 1
-            recalled.append(state.count(1))
-        for t in range(num_thresholds):
-            threshold = 1 - (t + 1) / num_thresholds
-            above = sum(score >= threshold for score in normalised)
-            if above:
-                totals[t][0] += is_proposal[:above].count(True)
-                totals[t][1] += recalled[above - 1]
-    num_faces = sum(sum(flags) for flags in counted.values())
-    if num_faces == 0:
-        return math.nan, totals
-    recall = [0.0] + [hits / num_faces for _, hits in totals] + [1.0]
-    precision = [0.0] + [hits / proposals if proposals else 0.0 for proposals, hits in totals] + [0.0]
-    for i in range(len(precision) - 2, -1, -1):
-        precision[i] = max(precision[i], precision[i + 1])
-    return sum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall))), totals
+BOX = [[0.0, 0.0, 9.0, 9.0]]
 
 
 def xyxy(rows):
     return np.array([[x, y, x + w, y + h] for x, y, w, h in (row[:4] for row in rows)], dtype=float).reshape(-1, 4)
 
 
-def evaluate(truth, subsets, ignore, detections, scale_of=None, **options):
+def evaluate(truth, subsets, ignore, detections, sub_detectors=None, **options):
+    """``sub_detectors``: scale -> rows by image."""
     evaluator = WiderFaceAP(
         {image: xyxy(faces) for image, faces in truth.items()}, ignore=ignore, subsets=subsets, **options
     )
-    for image, rows in detections.items():
-        scales = None if scale_of is None else [scale_of[image][i] for i in range(len(rows))]
-        evaluator.update(image, Detections(xyxy(rows), [row[4] for row in rows], anchor_scales=scales))
+    for image in detections:
+        lists = {scale: as_detections(rows.get(image, [])) for scale, rows in (sub_detectors or {}).items()}
+        evaluator.update(image, as_detections(detections[image])._replace(sub_detectors=lists or None))
     return evaluator.compute()
+
+
+def as_detections(rows):
+    return Detections(xyxy(rows), [row[4] for row in rows])
 
 
 def random_set(seed):
@@ -90,7 +43,7 @@ def random_set(seed):
     rng = np.random.default_rng(seed)
     kind = ("mixed", "fine", "one score", "mixed", "no detections", "no faces")[seed % 6]
     step = 1 if kind == "fine" else 4
-    truth, counted, ignore, detections, scales = {}, {}, {}, {}, {}
+    truth, counted, ignore, detections = {}, {}, {}, {}
     for number in range(rng.integers(1, 6)):
         image = f"{number}--Event/{number}_" + ("big", "face.jpg", "g", "jpg")[number % 4]
         faces = [] if kind == "no faces" or rng.random() < 0.15 else rng.integers(0, 24, (rng.integers(1, 8), 4)) * step
@@ -111,15 +64,7 @@ def random_set(seed):
             score = {"one score": 0.25, "fine": rng.normal()}.get(kind, rng.integers(0, 6) / 5)
             rows.append((int(box[0]), int(box[1]), max(0, int(box[2])), max(0, int(box[3])), float(score)))
         detections[image] = rows
-        scales[image] = rng.choice([16, 32, 64, 128], len(rows))
-    return (
-        truth,
-        counted,
-        ignore,
-        detections,
-        scales,
-        int(rng.choice([1, 7, 50, 100, 1000], p=[0.1, 0.2, 0.3, 0.3, 0.1])),
-    )
+    return truth, counted, ignore, detections, int(rng.choice([1, 7, 50, 100, 1000], p=[0.1, 0.2, 0.3, 0.3, 0.1]))
 
 
 def is_face(box):
@@ -144,7 +89,7 @@ def assert_equal(result, name, expected, num_faces):
 def test_equals_the_published_protocol(block):
     partial = 0
     for seed in range(block * 100, block * 100 + 100):
-        truth, kept, ignore, detections, _, size = random_set(seed)
+        truth, kept, ignore, detections, size = random_set(seed)
         result = evaluate(truth, {"easy": kept}, ignore, detections, num_thresholds=size)
         every = {image: [is_face(f) and not i for f, i in zip(faces, ignore[image])] for image, faces in truth.items()}
         for name, counted, skip in (("easy", kept, True), ("all", every, False)):
@@ -156,63 +101,77 @@ def test_equals_the_published_protocol(block):
     assert partial > 60  # of 200: most sets are no trivial ones
 
 
-def test_scales_equal_the_protocol_on_their_detections_and_faces():
+def test_sub_detectors_are_result_sets_of_their_own():
+    """Each @s is All of the published protocol on its list, normalized over that list, whatever the others are."""
+    num_partial = 0
     for seed in range(100):
-        truth, _, ignore, detections, scales, size = random_set(seed)
-        result = evaluate(truth, None, ignore, detections, scales, num_thresholds=size)
-        scores = [row[4] for rows in detections.values() for row in rows]
-        if not scores:
+        truth, _, ignore, detections, size = random_set(seed)
+        if not detections:
             continue
-        assert list(result.ap) == ["all", "@16", "@32", "@64", "@128"]
-        for scale in (16, 32, 64, 128):
-            counted = {
-                image: [is_face(f) and not i and nearest_scale(f) == scale for f, i in zip(faces, ignore[image])]
-                for image, faces in truth.items()
-            }
-            mine = {
-                image: [row for row, s in zip(rows, scales.get(image, [])) if s == scale]
-                for image, rows in detections.items()
-            }
-            expected = published_protocol(
-                truth,
-                counted,
-                mine,
-                num_thresholds=size,
-                skip_empty_images=False,
-                score_range=(min(scores), max(scores)),
-            )
-            assert result.num_detections[f"@{scale}"] == sum(map(len, mine.values()))
-            assert_equal(result, f"@{scale}", expected, sum(map(sum, counted.values())))
+        lists = {8 * 2**i: random_list(truth, seed, i) for i in range(3)}
+        result = evaluate(truth, None, ignore, detections, lists, num_thresholds=size)
+        assert list(result.ap) == ["all", "@8", "@16", "@32"]
+        every = {image: [is_face(f) and not i for f, i in zip(faces, ignore[image])] for image, faces in truth.items()}
+        num_faces = sum(map(sum, every.values()))
+        for name, rows in (("all", detections), *((f"@{scale}", found) for scale, found in lists.items())):
+            rows = {image: rows.get(image, []) for image in detections}
+            expected = published_protocol(truth, every, rows, num_thresholds=size, skip_empty_images=False)
+            assert result.num_faces[name] == num_faces and result.num_detections[name] == sum(map(len, rows.values()))
+            assert_equal(result, name, expected, num_faces)
+            num_partial += name != "all" and 0 < expected[0] < 1
+        alone = evaluate(truth, None, ignore, detections, num_thresholds=size)
+        assert list(alone.ap) == ["all"] and alone.counts == result.counts
+    assert num_partial > 100
 
 
-def test_the_scales_partition_faces_and_detections():
+def random_list(truth, seed, index):
+    """Rows by image: some faces, moved, with scores of a range that no other list has."""
+    rng, rows = np.random.default_rng((seed, index)), {}
+    for image, faces in truth.items():
+        moved = [np.array(face) + rng.integers(-2, 3, 4) for face in faces for _ in range(rng.integers(0, 3))]
+        strays = [rng.integers(0, 96, 4) for _ in range(rng.integers(0, 3))]
+        rows[image] = [
+            (int(b[0]), int(b[1]), max(0, int(b[2])), max(0, int(b[3])), float(rng.integers(0, 9) - 5 * index))
+            for b in (*moved, *strays)
+        ]
+    return rows
+
+
+def test_sub_detectors_of_events_keep_the_normalization_of_their_sets():
+    evaluator = WiderFaceAP({"a/1": BOX, "b/1": BOX}, num_thresholds=10)
+    for image, joint, alone in (("a/1", 0.9, 5.0), ("b/1", 0.1, 1.0)):
+        found = Detections(BOX * 2, [joint, joint], sub_detectors={16: Detections(BOX, [alone])})
+        evaluator.update(image, found)
+    events = evaluator.compute_by(lambda image: image[0])
+    assert [events[event].ap["@16"] for event in "ab"] == [1, 1]
+    # Found from the threshold on that the score has reached: the first one in a, the last one in b.
+    assert [events[event].curves["@16"][0].tolist() for event in "ab"] == [[1] * 10, [0] * 9 + [1]]
+    assert evaluator.compute().ap == {"all": 0.5, "@16": 1}
+
+
+def test_sizes_partition_faces_and_detections():
     for seed in range(60):
-        truth, _, ignore, detections, scales, _ = random_set(seed)
-        result = evaluate(truth, None, ignore, detections, scales)
-        names = [name for name in result.ap if name.startswith("@")]
-        if names:
-            assert sum(result.num_faces[name] for name in names) == result.num_faces["all"]
-            assert sum(result.num_detections[name] for name in names) == result.num_detections["all"]
+        truth, _, ignore, detections, _ = random_set(seed)
+        result = evaluate(truth, None, ignore, detections, sizes=(16, 32, 64, 128))
+        names = [name for name in result.ap if name.startswith("size")]
+        assert names == ["size 16", "size 32", "size 64", "size 128"]
+        assert sum(result.num_faces[name] for name in names) == result.num_faces["all"]
+        assert sum(result.num_detections[name] for name in names) == result.num_detections["all"]
 
 
-def test_one_scale_for_everything_equals_all():
+def test_one_size_for_everything_equals_all():
     for seed in range(60):
-        truth, _, ignore, detections, scales, _ = random_set(seed)
-        scales = {image: np.full(len(rows), 32) for image, rows in scales.items()}
-        result = evaluate(truth, None, ignore, detections, scales, scales=[32])
-        if "@32" in result.ap:
-            np.testing.assert_equal(result.ap["@32"], result.ap["all"])
-            np.testing.assert_equal(result.curves["@32"], result.curves["all"])
+        truth, _, ignore, detections, _ = random_set(seed)
+        result = evaluate(truth, None, ignore, detections, sizes=[32])
+        np.testing.assert_equal(result.ap["size 32"], result.ap["all"])
+        np.testing.assert_equal(result.curves["size 32"], result.curves["all"])
 
 
-@pytest.mark.parametrize(
-    "width, height, scale", [(16, 32, 16), (23, 23, 32), (22, 22, 16), (32, 64, 32), (64, 128, 64)]
-)
-def test_the_nearest_scale_is_the_smaller_one_on_a_tie(width, height, scale):
-    evaluator = WiderFaceAP({"a": [[5, 5, 5 + width, 5 + height]]})
-    evaluator.update("a", Detections([], [], anchor_scales=[]))
+@pytest.mark.parametrize("width, height, size", [(16, 32, 16), (23, 23, 32), (22, 22, 16), (32, 64, 32), (64, 128, 64)])
+def test_the_nearest_size_is_the_smaller_one_on_a_tie(width, height, size):
+    evaluator = WiderFaceAP({"a": [[5, 5, 5 + width, 5 + height]]}, sizes=(16, 32, 64, 128))
     faces = evaluator.compute().num_faces
-    assert [name for name in faces if name != "all" and faces[name]] == [f"@{scale}"]
+    assert [name for name in faces if name != "all" and faces[name]] == [f"size {size}"]
 
 
 def test_hand_worked_case():
@@ -231,6 +190,7 @@ def test_hand_worked_case():
 def test_no_detections_and_no_faces():
     evaluator = WiderFaceAP({"a": [[0, 0, 9, 9]]}, subsets={"easy": {"a": [False]}})
     result = evaluator.compute()
+    assert len(result.curves["all"][0]) == 1000 and result.iou_thresh == 0.5, "as published"
     assert result.ap["all"] == 0 and math.isnan(result.ap["easy"])
     assert result.counts["images_without_predictions"] == 1
     empty = WiderFaceAP({}).compute()
@@ -251,6 +211,53 @@ def test_an_empty_box_stands_for_an_image_without_faces():
     with_box = evaluate({"a": [(0, 0, 9, 9)], "b": [(0, 0, 0, 0)]}, None, None, detections)
     without = evaluate({"a": [(0, 0, 9, 9)], "b": []}, None, None, detections)
     assert with_box.ap == without.ap == {"all": 0.5} and with_box.num_faces == without.num_faces == {"all": 1}
+
+
+def test_counts():
+    evaluator = WiderFaceAP({"a": BOX * 2, "b": BOX, "c": [], "d": BOX * 3, "e": []})
+    evaluator.update("a", Detections([], []))
+    evaluator.update("b", Detections(BOX, [0.5]))
+    evaluator.update("c", Detections(BOX * 2, [0.5, 0.7]))
+    assert len(evaluator) == 5 and list(evaluator.image_ids) == ["a", "b", "c", "d", "e"]
+    assert evaluator.compute().counts == {
+        "images": 5,
+        "faces": 6,
+        "detections": 3,
+        "images_without_predictions": 3,  # a, d, e
+        "images_without_faces": 2,
+        "detections_without_faces": 2,
+    }
+
+
+def test_touching_is_no_overlap_and_the_threshold_is_reached_by_equality():
+    for other in ([50, 0, 59, 9], [0, 50, 9, 59], [10, 0, 19, 9], [0, 10, 9, 19]):
+        evaluator = WiderFaceAP({"a": BOX}, iou_thresh=1e-6)
+        evaluator.update("a", Detections([other], [1]))
+        assert evaluator.compute().ap["all"] == 0, other
+    for box, ap in ((BOX, 1), ([[0, 0, 9, 8.75]], 0)):
+        evaluator = WiderFaceAP({"a": BOX}, iou_thresh=1)
+        evaluator.update("a", Detections(box, [1]))
+        assert evaluator.compute().ap["all"] == ap
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_inverted_faces_take_no_area_away(axis):
+    """Face and detection of 10 pixels; the inverted face would have -10, and 0 / 0 would hide the other one."""
+    line, inverted = [0, 0, 9, 0], [0, 203, 9, 201]
+    if axis == 0:
+        line, inverted = [0, 0, 0, 9], [203, 0, 201, 9]
+    evaluator = WiderFaceAP({"a": [line, inverted]}, subsets={"easy": {"a": [True, False]}})
+    evaluator.update("a", Detections([line], [1]))
+    with np.errstate(invalid="raise"):
+        assert evaluator.compute().ap["easy"] == 1
+
+
+def test_equal_scores_are_not_divided_by_their_range():
+    evaluator = WiderFaceAP({"a": BOX})
+    evaluator.update("a", Detections(BOX * 2, [0.25, 0.25]))
+    with np.errstate(all="raise"):
+        recall, precision = evaluator.compute().curves["all"]
+    assert (recall == 1).all() and (precision == 0.5).all()
 
 
 def test_ignored_and_odd_faces():
@@ -275,7 +282,7 @@ def test_a_subset_cannot_keep_an_ignored_face():
     assert evaluator.compute().num_faces["easy"] == 0
 
 
-def test_scores_are_normalised_over_the_whole_set():
+def test_scores_are_normalized_over_the_whole_set():
     rng = np.random.default_rng(0)
     boxes = {str(i): rng.integers(0, 50, (5, 4)) + [[0, 0, 60, 60]] for i in range(10)}
     results = []
@@ -311,6 +318,13 @@ def test_compute_can_be_called_in_between():
     assert evaluator.compute().ap["all"] == 1
 
 
+def test_more_faces_than_a_block_has_pairs():
+    left = 10.0 * np.arange(40_000)[:, None]
+    evaluator = WiderFaceAP({"a": np.hstack([left, 0 * left, left + 9, 0 * left + 9])}, num_thresholds=1)
+    evaluator.update("a", Detections([[0, 0, 9, 9], [399_990, 0, 399_999, 9]], [1, 1]))
+    assert evaluator.compute().ap["all"] == 2 / 40_000
+
+
 def test_crowds_are_matched_in_blocks():
     rng = np.random.default_rng(3)
     corners = rng.integers(0, 3000, (1500, 2)).astype(float)
@@ -327,9 +341,6 @@ def test_crowds_are_matched_in_blocks():
     assert whole.compute().ap["all"] > 0.3
 
 
-BOX = [[0.0, 0.0, 9.0, 9.0]]
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -337,7 +348,8 @@ BOX = [[0.0, 0.0, 9.0, 9.0]]
         (("done", BOX, [1]), "expected one update per image, got a second one for 'done'"),
         (("a", [[0, 0, 9]], [1]), r"image 'a': boxes: expected shape \(k, 4\), got \(1, 3\)"),
         (("a", [[0, 0, math.nan, 9]], [1]), r"image 'a': boxes\[0\]: expected numbers finite"),
-        (("a", [[0, 0, 1e12, 9]], [1]), r"boxes\[0\]: expected numbers finite and below 1e\+09"),
+        (("a", [5.0], [1]), r"image 'a': boxes: expected shape \(k, 4\), got \(1,\)"),
+        (("a", [[0, 0, 1e9, 9]], [1]), r"boxes\[0\]: expected numbers finite and below 1e\+09"),
         (
             ("a", BOX + [[9, 0, 3, 9]], [1, 1]),
             r"boxes\[1\]: expected x1 <= x2 and y1 <= y2, got \[9.0, 0.0, 3.0, 9.0\]",
@@ -345,41 +357,35 @@ BOX = [[0.0, 0.0, 9.0, 9.0]]
         (("a", BOX, [math.nan]), r"image 'a': scores: expected finite numbers, got nan at \[0\]"),
         (("a", BOX, [math.inf]), "scores: expected finite numbers, got inf"),
         (("a", BOX, [1, 2]), r"scores: expected shape \(1,\), one per box, got \(2,\)"),
-        (("a", BOX, [1], [16]), "anchor_scales: expected them with all images or with none, got some"),
+        (("a", BOX, [1], {16: [BOX, [1]]}), r"sub_detectors: expected \[8\] as before, got \[16\]"),
+        (("a", BOX, [1], {}), r"image 'a': sub_detectors: expected \[8\] as before, got \[\]"),
+        (("a", BOX, [1], {8: [BOX, [1, 2]]}), r"image 'a': sub-detector 8: scores: expected shape \(1,\), one per box"),
     ],
 )
 def test_refused_updates_change_nothing(arguments, message):
     evaluator = WiderFaceAP({"a": BOX, "done": BOX})
-    evaluator.update("done", Detections(BOX, [0.5]))
+    evaluator.update("done", Detections(BOX, [0.5], sub_detectors={8: Detections(BOX, [0.5])}))
     before = evaluator.compute()
+    image, boxes, scores, lists = (*arguments, {8: [[], []]})[:4]
+    lists = {scale: Detections(*columns) for scale, columns in lists.items()}
     with pytest.raises(ValueError, match=message):
-        evaluator.update(arguments[0], Detections(*arguments[1:3], anchor_scales=(*arguments[3:], None)[0]))
+        evaluator.update(image, Detections(boxes, scores, sub_detectors=lists or None))
     np.testing.assert_equal(evaluator.compute().curves, before.curves)
-    evaluator.update("a", Detections(BOX, [1]))
-    assert evaluator.compute().ap["all"] == 1
-
-
-def test_refused_anchor_scales():
-    evaluator = WiderFaceAP({"a": BOX, "b": BOX})
-    with pytest.raises(ValueError, match=r"image 'a': anchor_scales: expected one of \[16.0, .*\], got 24.0"):
-        evaluator.update("a", Detections(BOX, [1], anchor_scales=[24]))
-    evaluator.update("a", Detections(BOX, [1], anchor_scales=[16]))
-    with pytest.raises(ValueError, match="with all images or with none"):
-        evaluator.update("b", Detections(BOX, [1]))
-    evaluator.update("b", Detections([], []))
-    ap = evaluator.compute().ap
-    assert ap["all"] == ap["@16"] == 0.5 and all(math.isnan(ap[name]) for name in ("@32", "@64", "@128"))
+    evaluator.update("a", Detections(BOX, [1], sub_detectors={8: Detections([], [])}))
+    assert evaluator.compute().ap == {"all": 1, "@8": 0.5}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"iou_thresh": 0}, "iou_thresh: expected a number in"),
+        ({"iou_thresh": 1.5}, "iou_thresh: expected a number in"),
         ({"iou_thresh": math.nan}, "iou_thresh: expected a number in"),
         ({"num_thresholds": 0}, "num_thresholds: expected at least 1, got 0"),
-        ({"scales": [32, 16]}, "scales: expected at least one, positive and ascending"),
-        ({"scales": []}, "scales: expected at least one, positive and ascending, got"),
-        ({"scales": [0, 16]}, "scales: expected at least one, positive"),
+        ({"sizes": [32, 16]}, r"sizes: expected positive ones, ascending, got \[32, 16\]"),
+        ({"sizes": [0, 16]}, "sizes: expected positive ones"),
+        ({"sizes": [16, 16]}, "sizes: expected positive ones, ascending"),
+        ({"sizes": [[16, 32]]}, "sizes: expected positive ones"),
         ({"ignore": {"b": [True]}}, "ignore: expected images of boxes, got 'b'"),
         ({"ignore": {"a": [True, True]}}, r"ignore: image 'a': expected 1 flags, one per box, got shape \(2,\)"),
         ({"subsets": {"easy": {}}}, "subset 'easy': expected flags for every image, got none for 'a'"),
@@ -390,6 +396,14 @@ def test_refused_anchor_scales():
 def test_refused_options(options, message):
     with pytest.raises(ValueError, match=message):
         WiderFaceAP({"a": BOX}, **options)
+
+
+def test_the_smallest_sizes_and_the_largest_coordinates():
+    largest = [[0, 0, np.nextafter(1e9, 0), 9]]
+    evaluator = WiderFaceAP({"a": largest, "b": [[0, 0, 0.75, 0.75]]}, sizes=[0.5, 1.25], num_thresholds=1)
+    evaluator.update("a", Detections(largest, [1]))
+    result = evaluator.compute()
+    assert result.num_faces == {"all": 2, "size 0.5": 1, "size 1.25": 1} and result.ap["size 1.25"] == 1
 
 
 def test_refused_ground_truth():
@@ -406,28 +420,30 @@ def test_scores_that_span_more_than_a_double():
 
 def test_records():
     record = types.SimpleNamespace(image_id="a", boxes=torch.tensor(BOX * 2), ignore=torch.tensor([False, True]))
-    evaluator = WiderFaceAP.from_records([record], scales=(8, 16))
-    evaluator.update("a", Detections(BOX, [1], anchor_scales=[8]))
-    assert evaluator.compute().num_faces == {"all": 1, "@8": 1, "@16": 0}
+    evaluator = WiderFaceAP.from_records([record], sizes=(8, 16))
+    evaluator.update("a", Detections(BOX, [1], sub_detectors={8: Detections(BOX, [1])}))
+    assert evaluator.compute().num_faces == {"all": 1, "@8": 1, "size 8": 1, "size 16": 0}
     with pytest.raises(ValueError, match="expected each image once, got 'a' again"):
         WiderFaceAP.from_records([record, record])
 
 
 def example_result():
-    evaluator = WiderFaceAP({"a": [[0, 0, 20, 20], [50, 0, 70, 20]]}, subsets={"easy": {"a": [False, False]}})
-    evaluator.update("a", Detections([[0, 0, 20, 20], [80, 0, 100, 20]], [0.9, 0.1], anchor_scales=[16, 128]))
+    faces = {"a": [[0, 0, 20, 20], [50, 0, 70, 20]]}
+    evaluator = WiderFaceAP(faces, subsets={"easy": {"a": [False, False]}}, sizes=(16, 32))
+    lists = {16: Detections([[0, 0, 20, 20]], [0.9]), 128: Detections(faces["a"], [1, 2])}
+    evaluator.update("a", Detections([[0, 0, 20, 20], [80, 0, 100, 20]], [0.9, 0.1], sub_detectors=lists))
     return evaluator.compute()
 
 
 def test_table():
-    assert example_result().table().split("\n") == [
-        "subset  AP (%)    faces  detections",
-        "Easy       n/a        0           2",
-        "All      50.00        2           2",
-        "@16      50.00        2           1",
-        "@32        n/a        0           0",
-        "@64        n/a        0           0",
-        "@128       n/a        0           1",
+    assert example_result().table().split("\n")[:7] == [
+        "subset   AP (%)    faces  detections",
+        "Easy        n/a        0           2",
+        "All       50.00        2           2",
+        "@16       50.00        2           1",
+        "@128     100.00        2           2",
+        "Size 16   50.00        2           2",
+        "Size 32     n/a        0           0",
     ]
 
 
@@ -435,7 +451,8 @@ def test_json(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_json(path, example_result().to_dict())
     content = json.loads(path.read_text())
-    assert content["ap"] == {"easy": None, "all": 0.5, "@16": 0.5, "@32": None, "@64": None, "@128": None}
+    expected = {"easy": None, "all": 0.5, "@16": 0.5, "@128": 1, "size 16": 0.5, "size 32": None}
+    assert content["ap"] == expected
     assert content["iou_thresh"] == 0.5 and content["counts"]["detections"] == 2
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
 
@@ -503,10 +520,10 @@ def test_the_text_annotation_gives_the_same_as_the_official_files(reference_data
     folder, numbers = reference_data.folder / "wider", reference_data.numbers
     records = read_annotations(folder / "annotations/wider_face_val_bbx_gt.txt.gz", "images")
     # The parser drops empty boxes, so some images are left without any; their detections still count as false.
-    from_text = WiderFaceAP.from_records(records)
-    official = WiderFaceAP.from_official(folder / "ground_truth_mat")
+    from_text = WiderFaceAP.from_records(records, sizes=(16, 32, 64, 128))
+    official = WiderFaceAP.from_official(folder / "ground_truth_mat", sizes=(16, 32, 64, 128))
     for image, found in read_predictions(folder / f"predictions/{numbers['result_sets']['smallest']}.tar.xz"):
-        found = found._replace(anchor_scales=np.full(len(found.scores), 16 << len(image) % 4))
+        found = found._replace(sub_detectors={16: found.select(slice(len(image) % 4, None))})
         from_text.update(image, found)
         official.update(image, found)
     expected, result = official.compute(), from_text.compute()

@@ -51,3 +51,19 @@ def test_bench_iteration(repository, tmp_path):
     assert 0 < sum(record["stages_ms"].values()) < record["iteration_ms"]
     assert record["peers_ms"]["torchvision"] > 0
     assert "| demo | torchvision | 4 | " in out
+
+
+@pytest.mark.slow
+def test_bench_sub_detectors(repository, tmp_path):
+    config = repository / "projects/GroupSampling/configs/quick/demo_fpn_finest_sampling.yaml"
+    out = run(
+        repository,
+        "bench_sub_detectors.py",
+        *("--config-file", config, "--repeats", 1, "--threads", 1),
+        *("--json", tmp_path / "report.json", "DATASETS.SYNTHETIC.NUM_VAL", 2, "TEST.PYRAMID.SCALES", "(0.5, 1.0)"),
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["images"] == 2 and {"wider_face/AP_all", "wider_face/AP@128"} <= report["metrics"].keys()
+    for kind in ("without", "with"):
+        assert 0 < report["seconds"][kind]["detector"]["median"] < report["seconds"][kind]["evaluation"]["median"]
+    assert "ms an image without" in out

@@ -160,7 +160,7 @@ def broken_ignores_iteration(seed, iteration, image, group):
 
 
 def broken_affine(size, key, device=None):
-    """x -> x + k: a permutation, but neighbours stay neighbours."""
+    """x -> x + k: a permutation, but neighbors stay neighbors."""
     return (torch.arange(size) + key % size) % size
 
 

@@ -32,6 +32,7 @@ from matcher_report import plot, tables
 from torch import Tensor
 
 from group_sampling.anchors import AnchorGrid, cell_anchors
+from group_sampling.env import hardware
 from group_sampling.files import write_atomically
 from group_sampling.ops import (
     assign_and_sample,
@@ -286,17 +287,6 @@ def run_worker(options: dict, environment: dict[str, str], title: str) -> list[d
     if process.returncode != 0:
         sys.exit(f"bench_matcher: the worker process ({title}) failed with status {process.returncode}")
     return records
-
-
-def hardware(device: str) -> dict[str, object]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    result: dict[str, object] = {"cpu": cpu, "cores": os.cpu_count(), "machine": platform.machine()}
-    if device == "cuda":
-        result["gpu"] = torch.cuda.get_device_name()
-    return result
 
 
 def commit() -> str | None:

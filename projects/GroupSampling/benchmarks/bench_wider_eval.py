@@ -128,7 +128,7 @@ def stream(ground_truth: Path, num_detections: int) -> dict:
                 -3, 4, (len(boxes[::2]), 4)
             )
             boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2])
-        found = Detections(boxes, rng.random(size), anchor_scales=rng.choice([16, 32, 64, 128], size))
+        found = Detections(boxes, rng.random(size))
         begin = time.perf_counter()
         evaluator.update(image_id, found)
         seconds += time.perf_counter() - begin

@@ -246,10 +246,20 @@ class AnchorGrid:
         """(n,) int64 scale group of each anchor, in [0, G)."""
         return self.group_ids_at(torch.arange(self.num_anchors, device=device))
 
-    def group_members(self, group: int, device: torch.device | str | None = None) -> Tensor:
-        """(size of the group,) int64 flat indices of a group's anchors in member order: lattice by lattice, by cell."""
+    def group_members(
+        self, group: int, device: torch.device | str | None = None, *, level: int | None = None
+    ) -> Tensor:
+        """(size of the group,) int64 flat indices of a group's anchors in member order: lattice by lattice, by cell.
+
+        Args:
+            level: only the anchors of this feature level; None: of all.
+        """
+        lattices = self.lattices
+        if level is not None:
+            first = self._first_lattices()[level]
+            lattices = lattices[first : first + lattices[first].step]
         parts = [torch.empty(0, device=device, dtype=torch.int64)]
-        for lattice in self.lattices:
+        for lattice in lattices:
             if lattice.group == group:
                 parts.append(lattice.start + lattice.step * torch.arange(lattice.num_cells, device=device))
         return torch.cat(parts)

@@ -1,11 +1,12 @@
-"""Checkpoints that either engine reads, written atomically.
+"""Files of weights that either engine reads.
 
 Both engines have the same parameters under different names. A checkpoint of one engine, of the other, or a plain
-torchvision ResNet is recognized by its names and converted while it is loaded, or by
+torchvision classifier is recognized by its names and converted while it is loaded, or by
 ``python -m group_sampling.checkpoint``.
 """
 
 import argparse
+import difflib
 import os
 import re
 import zipfile
@@ -14,25 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
 from .config import ConfigError
-from .files import atomic_file, write_atomically
+from .errors import UserError, add_debug_flag, exit_on_error
+from .files import atomic_file, open_regular
 
-# torchvision's ImageNet weights (IMAGENET1K_V1: the recipe of the paper's time), named as `torchvision://resnet50`.
-# The eight hex digits are the start of the file's SHA-256, which torch.hub verifies.
-TORCHVISION_WEIGHTS = {
-    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-}
+# `torchvision://resnet50` are torchvision's ImageNet weights IMAGENET1K_V1: the recipe of the paper's time.
 TORCHVISION_PREFIX = "torchvision://"
 
 # (Detectron2's name, torchvision's name); {s} stands for a number, {s-1} for that number minus one. Detectron2's ResNet
-# is the backbone itself, or its "bottom_up" under an FPN.
+# is the backbone itself, or its "bottom_up" under an FPN. "extractor" is another network of torchvision, whose names
+# below are torchvision's on both engines.
 _NAMES = (
+    ("backbone.extractor.", "backbone.body.extractor."),
     ("backbone.stem.conv1.norm.", "backbone.body.bn1."),
     ("backbone.stem.conv1.", "backbone.body.conv1."),
     ("backbone.res{s}.{b}.shortcut.norm.", "backbone.body.layer{s-1}.{b}.downsample.1."),
@@ -48,7 +44,7 @@ _NAMES = (
     ("roi_heads.box_head.fc2.", "roi_heads.box_head.fc7."),
 )
 _FPN_NAMES = ("backbone.fpn", "backbone.bottom_up.")
-_RESNET = re.compile(r"backbone\.(stem|res\d)\.")
+_BOTTOM_UP = re.compile(r"backbone\.(stem|res\d|extractor)\.")
 _FIELD = re.compile(r"\{(\w)(?:-(\d))?\}")
 
 
@@ -102,7 +98,7 @@ def convert_names(state_dict: Mapping[str, Tensor], naming: str, *, has_fpn: boo
             if match:
                 name = write(match) + name[match.end() :]
                 break
-        if naming == "detectron2" and has_fpn and _RESNET.match(name):
+        if naming == "detectron2" and has_fpn and _BOTTOM_UP.match(name):
             name = name.replace("backbone.", "backbone.bottom_up.", 1)
         converted[name] = value
     _reorder_box_predictor(converted, naming)
@@ -133,12 +129,31 @@ def _reorder_box_predictor(state_dict: dict[str, Tensor], naming: str) -> None:
 _OPTIONAL = re.compile(r"num_batches_tracked$|_extra_state$|pixel_(mean|std)$|\.cell_anchors\.")
 
 
+def is_optional(name: str) -> bool:
+    """Whether a detector does without this entry of its state."""
+    return bool(_OPTIONAL.search(name))
+
+
 def convert_in_place(state_dict: dict[str, Tensor], naming: str, model: nn.Module) -> None:
     """:func:`convert_names` for ``model``, whose names are those of ``naming``."""
-    has_fpn = any(name.startswith(_FPN_NAMES) for name in model.state_dict())
-    converted = convert_names(state_dict, naming, has_fpn=has_fpn)
+    expected = model.state_dict()
+    weights = _below_extractor(state_dict, expected)
+    has_fpn = any(name.startswith(_FPN_NAMES) for name in expected)
+    converted = convert_names(weights, naming, has_fpn=has_fpn)
     state_dict.clear()
     state_dict.update(converted)
+
+
+def _below_extractor(state_dict: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a torchvision classifier under the names that a model with its ``extractor`` has for them."""
+    body = next((name.partition("extractor.")[0] for name in expected if "extractor." in name), None)
+    if body is None or any(name.startswith("backbone.") for name in state_dict):
+        return state_dict
+    # The files of torchvision's DenseNets are older than the names of their layers.
+    names = {name: re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name) for name in state_dict}
+    classifier = {f"{body}extractor.{names[name]}": value for name, value in state_dict.items()}
+    found = {name: value for name, value in classifier.items() if name in expected}
+    return found or state_dict
 
 
 def refuse_partial_weights(
@@ -157,13 +172,13 @@ def refuse_partial_weights(
     if model.training:
         return
     expected = {f"{prefix}{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith(prefix)}
-    wrong = {
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items() if name.startswith(prefix)}
+    differences = {
         "missing": expected.keys() - found.keys(),
         "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
         "unknown": found.keys() - expected.keys(),
     }
-    wrong = {what: sorted(name for name in names if not _OPTIONAL.search(name)) for what, names in wrong.items()}
+    wrong = {what: sorted(name for name in names if not is_optional(name)) for what, names in differences.items()}
     counts = [f"{len(names)} are {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
     if counts:
         raise ConfigError(
@@ -171,6 +186,21 @@ def refuse_partial_weights(
             "Evaluate with the config of their training; --allow-partial-weights of train_net.py, or a model in "
             "training mode, loads those that fit"
         )
+
+
+def _weights_url(path: str, name: str) -> str:
+    """Where torchvision has the weights of a classifier; their hash is part of the address."""
+    import torchvision.models  # as late as this: only the engines' models need it otherwise
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    weights = torchvision.models.get_model_weights(name).__members__ if name in names else {}
+    if "IMAGENET1K_V1" not in weights:
+        close = difflib.get_close_matches(name, names) or ["resnet50"]
+        raise ConfigError(
+            f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by a classifier of torchvision.models "
+            f"that has weights IMAGENET1K_V1, such as {' or '.join(close)}"
+        )
+    return weights["IMAGENET1K_V1"].url
 
 
 def resolve_weights(path: str) -> str:
@@ -181,12 +211,7 @@ def resolve_weights(path: str) -> str:
     """
     if path.startswith(TORCHVISION_PREFIX):
         name = path[len(TORCHVISION_PREFIX) :]
-        if name not in TORCHVISION_WEIGHTS:
-            raise ConfigError(
-                f"MODEL.WEIGHTS is {path!r}: expected {TORCHVISION_PREFIX} followed by one of "
-                f"{sorted(TORCHVISION_WEIGHTS)}"
-            )
-        url = TORCHVISION_WEIGHTS[name]
+        url = _weights_url(path, name)
         local = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
         if not local.exists():
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +238,10 @@ class Description(NamedTuple):
     class_names: tuple[str, ...] = ()  # by class index
 
 
+class CheckpointError(UserError, ValueError):
+    """A file of weights cannot be used; the message names it."""
+
+
 UNDERSTOOD_FORMATS = (
     "Understood are checkpoints of this project, of Detectron2 and of torchvision, written by torch.save: a dict of "
     'tensors by parameter name, alone or under "model" or "state_dict", with or without the prefix "module."'
@@ -229,26 +258,45 @@ def read_checkpoint(path: str | os.PathLike, *, mmap: bool = False) -> dict[str,
         "model", the tensors by parameter name, and what else the file holds.
 
     Raises:
-        ValueError: a pickle, damaged, or of a format that is not understood.
+        CheckpointError: a pickle, damaged, or of a format that is not understood.
     """
     if os.fspath(path).endswith((".pkl", ".pyth")):
-        raise ValueError(f"{path}: pickled weights can run code and are not loaded; convert them to a .pth file")
-    mmap = mmap and zipfile.is_zipfile(path)  # those of torch before 1.6 are not
+        raise CheckpointError(
+            f"{path}: pickled weights can run code and are not loaded. Where you trust the file, convert it: python -c "
+            f"\"import pickle, torch; w = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
+            f"torch.save({{k: torch.as_tensor(v) for k, v in w.get('model', w).items()}}, 'weights.pth')\""
+        )
+    with open_regular(path):  # torch would wait for a FIFO
+        pass
+    is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
+    mmap = mmap and is_zip
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) reads. {UNDERSTOOD_FORMATS}. ({error})"
         ) from error
+    if is_zip and not mmap:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: the file is damaged: the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, Mapping):
-        found = type(checkpoint).__name__
-        raise ValueError(f"{path}: expected a dict of parameters, got {found}. {UNDERSTOOD_FORMATS}")
+        kind = type(checkpoint).__name__
+        raise CheckpointError(f"{path}: expected a dict of parameters, got {kind}. {UNDERSTOOD_FORMATS}")
     key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
     weights = checkpoint if key is None else checkpoint[key]
     rest = {} if key is None else {name: value for name, value in checkpoint.items() if name != key}
-    if not any(isinstance(value, Tensor) for value in weights.values()):
-        found = list(weights)[:5]
-        raise ValueError(f"{path}: expected tensors by parameter name, got the keys {found}. {UNDERSTOOD_FORMATS}")
+    names_are_text = all(isinstance(name, str) for name in (*weights, *rest))
+    if not names_are_text or not any(isinstance(value, Tensor) for value in weights.values()):
+        keys = list(weights)[:5]
+        raise CheckpointError(f"{path}: expected tensors by parameter name, got the keys {keys}. {UNDERSTOOD_FORMATS}")
+    config, names = rest.get("config", ""), rest.get("class_names", [])
+    if not isinstance(config, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f'{path}: expected text as its "config" and a list of texts as its "class_names", got '
+            f"{type(config).__name__} and {names!r:.80}"
+        )
     weights = dict(weights)
     if all(name.startswith("module.") for name in weights):  # of DistributedDataParallel or DataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -259,7 +307,7 @@ def read_description(path: str | os.PathLike) -> Description:
     """What a checkpoint says of itself; empty for files of other projects and of older versions.
 
     Raises:
-        ConfigError, ValueError: as :func:`resolve_weights` and :func:`read_checkpoint`.
+        ConfigError, CheckpointError: as :func:`resolve_weights` and :func:`read_checkpoint`.
     """
     checkpoint = read_checkpoint(resolve_weights(os.fspath(path)), mmap=True)
     return Description(checkpoint.get("config", ""), tuple(checkpoint.get("class_names", ())))
@@ -287,78 +335,20 @@ def saved_config(config_file: str, weights: str, *, needed_by: str) -> str:
     return config
 
 
-class CheckpointMixin:
-    """Mixed into fvcore's ``Checkpointer`` or a subclass of it, which sets ``naming``.
-
-    Saving is atomic. Loading runs no code from the file (``weights_only``), accepts the names of either engine, and
-    refuses a file of which no parameter fits the model, or, if the model is in eval mode, not all of them. A training
-    can only be resumed by the engine that wrote it.
-    """
-
-    naming: str
-    description = Description()  # set by the training
-
-    def save(self: Checkpointer, name: str, **kwargs: Any) -> None:
-        """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
-        if not self.save_dir or not self.save_to_disk:
-            return
-        data = {"model": self.model.state_dict(), "engine": self.naming}
-        if self.description.config:
-            data.update(config=self.description.config, class_names=list(self.description.class_names))
-        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
-        data.update(kwargs)
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        self.logger.info(f"Saving checkpoint to {path}")
-        with atomic_file(path, durable=True) as file:
-            torch.save(data, file)
-        self.tag_last_checkpoint(os.path.basename(path))
-
-    def tag_last_checkpoint(self: Checkpointer, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, last_filename_basename.encode())
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return super().load(resolve_weights(path) if path else path, *args, **kwargs)
-
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        resumes = resume and self.has_checkpoint()
-        extra = super().resume_or_load(path, resume=resume)
-        # Weights convert between the engines, the state of an optimizer does not.
-        if resumes and self.checkpointables and extra.get("engine", self.naming) != self.naming:
-            raise ConfigError(
-                f"--resume: {self.get_checkpoint_file()} was written by the {extra['engine']} engine; resume with "
-                f"--engine {extra['engine']}, or start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR"
-            )
-        return extra
-
-    def _load_file(self: Checkpointer, filename: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(filename)
-        model = checkpoint["model"]
-        convert_in_place(model, self.naming, self.model)
-        expected = self.model.state_dict()
-        if not model.keys() & expected.keys():
-            missing = [name for name in expected if not _OPTIONAL.search(name)]
-            raise ValueError(
-                f"{filename}: none of its {len(model)} parameters (the first is {next(iter(model), None)!r}) belongs "
-                f"to this model, which lacks all of its {len(missing)} ({', '.join(missing[:3])}, ...). "
-                f"{UNDERSTOOD_FORMATS}"
-            )
-        refuse_partial_weights(model, self.model, file=filename)
-        return checkpoint
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a copy of a checkpoint's weights with the names and layout of one engine."""
     parser = argparse.ArgumentParser(prog="python -m group_sampling.checkpoint", description=main.__doc__)
     parser.add_argument("source", metavar="SOURCE", help="checkpoint of either engine, or a torchvision ResNet")
     parser.add_argument("target", metavar="TARGET", help="file to write; optimizer state is not copied")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), required=True)
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
-    checkpoint = read_checkpoint(args.source)
-    converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
-    converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
-    with atomic_file(args.target) as file:
-        torch.save(converted, file)
+    with exit_on_error("group_sampling.checkpoint", args):
+        checkpoint = read_checkpoint(args.source)
+        converted = {"model": convert_names(checkpoint["model"], args.engine), "engine": args.engine}
+        converted.update({key: checkpoint[key] for key in Description._fields if key in checkpoint})
+        with atomic_file(args.target) as file:
+            torch.save(converted, file)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,22 @@ Keys that Detectron2 already has keep their name and meaning (``MODEL.RPN.IOU_TH
 """
 
 import difflib
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from .errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """The configuration asks for something that cannot be done; the message names the key."""
 
+
+_BASE = "_BASE_"
 
 # Paper, Sec. 5: training images are resized by 0.25 * n, n = 1 ... 8.
 SCALE_JITTER = tuple(0.25 * n for n in range(1, 9))
@@ -36,6 +40,14 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     gs.SAMPLER = "group"
     # N of every scale, positives and negatives together (Sec. 6.2, Fig. 4: accuracy saturates at 2,048).
     gs.SAMPLES_PER_GROUP = 2048
+    # Three readings of Sec. 4.2 (docs/deviations.md); SAMPLER "group" reads the first two. Where a scale has fewer
+    # positives than N MODEL.RPN.POSITIVE_FRACTION: "negatives" take their place, or the positives there are count
+    # again, in turn ("repeat") or by weight ("weight").
+    gs.FILL = "negatives"
+    # A loss is one mean over "all" that was drawn, or the mean of the means within each scale ("group").
+    gs.LOSS_MEAN = "all"
+    # The regression losses are divided by the number of "positives", or of all that was "drawn" (Faster R-CNN).
+    gs.BBOX_REG_LOSS_MEAN = "positives"
     # Which proposals the second stage sees, with MODEL.ROI_HEADS.NAME GroupedROIHeads (Table 5). "group": N of every
     # scale, a proposal being of the anchor scale nearest to its size. "uniform": ROI_HEADS.BATCH_SIZE_PER_IMAGE of all.
     gs.ROI_SAMPLER = "uniform"
@@ -48,6 +60,15 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # A negative anchor whose area lies in one ignore region (WIDER FACE "invalid") by this share is not sampled.
     gs.IGNORE_IOA = 0.5
 
+    # With MODEL.BACKBONE.NAME build_torchvision_fpn_backbone, on either engine: what is below the FPN, a classifier of
+    # torchvision.models that has features at strides 4 to 32 (mobilenet_v3_large, efficientnet_b0, convnext_tiny, ...).
+    # MODEL.FPN.IN_FEATURES calls them "res2" ... "res5"; FREEZE_AT counts their stages. Of MODEL.RESNETS only NORM
+    # matters: FrozenBN or BN.
+    cfg.MODEL.BACKBONE.TORCHVISION_NAME = "resnet50"
+    # With MODEL.BACKBONE.NAME build_group_sampling_fpn_backbone, on Detectron2's engine: what is below the FPN, any
+    # name of its BACKBONE_REGISTRY, to which engines/d2/bottom_up.py adds RegNet, Swin and ViT.
+    cfg.MODEL.BACKBONE.BOTTOM_UP = "build_group_sampling_resnet_backbone"
+
     # Factors of the random resize; applied together with INPUT.CROP (TYPE "absolute") and INPUT.RANDOM_FLIP.
     cfg.INPUT.SCALE_JITTER = SCALE_JITTER
     # A face of which less than this share of its area is left after the crop is dropped.
@@ -58,6 +79,9 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
     cfg.DATASETS.WIDER_FORMAT = ()  # ((name, annotation txt, image folder[, list]), ...)
     cfg.DATASETS.SYNTHETIC = node(SYNTHETIC_DEFAULTS)
+    # Boxes are of the upright picture, turned by its EXIF orientation. False: they are of the pixels as stored, and
+    # pictures are not turned.
+    cfg.DATASETS.APPLY_EXIF = True
 
     # Training stops when more than this share of the images drawn could not be read.
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1
@@ -65,6 +89,10 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
     # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
     cfg.TEST.WIDER_GROUND_TRUTH = "auto"
+
+    # A detector returns, beside its detections, those of each sub-detector: of the anchors of one scale alone, with
+    # their own top-k, NMS, merge of the pyramid and limit (Sec. 6.1). An evaluation then has AP@16, AP@32, ...
+    cfg.TEST.SUB_DETECTORS = False
 
     # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
@@ -90,12 +118,18 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str], *, saved: 
     """
     if config_file and not os.path.isfile(config_file):
         raise ConfigError(f"--config-file {config_file}: no such file")
+    if config_file:
+        _check_bases(config_file, (config_file,))
+    defaults = cfg.clone()
     if len(opts) % 2:
         raise ConfigError(f"command line: expected pairs KEY VALUE, got {list(opts)}")
     where = "the config in the checkpoint"
     try:
         if saved:
-            cfg.merge_from_other_cfg(type(cfg)(yaml.safe_load(saved)))
+            content = yaml.safe_load(saved)
+            if not isinstance(content, dict):
+                raise ValueError(f"expected keys and values, got {saved[:80]!r}")
+            cfg.merge_from_other_cfg(type(cfg)(content))
         where = config_file
         if config_file:
             cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -107,9 +141,92 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str], *, saved: 
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"{where}: this engine has no key {key}.{hint}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not plain YAML: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: not plain YAML: {_one_line(error)}") from error
+    except (ValueError, TypeError, AttributeError) as error:  # yacs, of values that cannot take the default's place
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+    _check_members(cfg, defaults)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_bases(file: str, chain: tuple[str, ...]) -> None:
+    """Check a config and, along ``_BASE_``, those that it builds on.
+
+    Args:
+        chain: the files from the one that the user named to ``file``.
+
+    Raises:
+        ConfigError: with the chain, if one is missing, no file, no YAML or its own base.
+    """
+    where = " -> ".join(chain)
+    try:
+        with open(file, "rb") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{where}: not plain YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected keys and values, got {content!r:.80}")
+    try:
+        odd = next(iter(_odd_keys(content)), None)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: expected values that end, got one that contains itself") from error
+    if odd is not None:
+        raise ConfigError(f"{where}: expected names as keys, got {odd!r}")
+    bases = content.get(_BASE, [])
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) and base for base in bases):
+        raise ConfigError(f"{where}: {_BASE}: expected the path of a config, or a list of them, got {content[_BASE]!r}")
+    for base in bases:
+        # As fvcore has it.
+        path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
+        if any(os.path.realpath(path) == os.path.realpath(link) for link in chain):
+            raise ConfigError(f"{where} -> {path}: expected a {_BASE} that ends, got a circle")
+        _check_bases(path, (*chain, path))
+
+
+def _odd_keys(content: Any) -> Iterable[Any]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                yield key
+            yield from _odd_keys(value)
+
+
+def _check_members(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+    """Refuse a list with members of another type than the default's, which yacs lets pass.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, value in cfg.items():
+        default = defaults.get(name)
+        if isinstance(value, CfgNode):
+            _check_members(value, default if isinstance(default, CfgNode) else CfgNode(), f"{prefix}{name}.")
+        elif isinstance(value, list | tuple) and isinstance(default, list | tuple):
+            kinds = {_kind(member) for member in leaves(default)} or _ANY_KIND
+            if not {_kind(member) for member in leaves(value)} <= kinds:
+                raise ConfigError(f"{prefix}{name}: expected {' and '.join(sorted(kinds))}, got {value!r}")
+
+
+_ANY_KIND = {"numbers", "values of type str", "values of type bool"}  # where the default is empty
+
+
+def _kind(member: Any) -> str:
+    is_number = isinstance(member, int | float) and not isinstance(member, bool)
+    return "numbers" if is_number else f"values of type {type(member).__name__}"
+
+
+def leaves(value: Any) -> Iterable[Any]:
+    """The members of nested lists and tuples, or the value itself."""
+    if isinstance(value, list | tuple):
+        for member in value:
+            yield from leaves(member)
+    else:
+        yield value
 
 
 def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
@@ -125,6 +242,7 @@ def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
     project = type(cfg)(new_allowed=True)
     for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST"):
         project[name] = type(cfg)()
+    project.MODEL.BACKBONE = type(cfg)()
     add_group_sampling_config(project)
     own = set(_keys(project))
 
@@ -155,9 +273,19 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
 
 def get_value(cfg: CfgNode, key: str) -> Any:
     """The value of a dotted key."""
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
+    return operator.attrgetter(key)(cfg)
+
+
+def sample_count(cfg: CfgNode, key: str) -> int:
+    """The number of samples at ``key``.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    count = get_value(cfg, key)
+    if count < 1:
+        raise ConfigError(f"{key}: expected at least 1, got {count}")
+    return count
 
 
 def anchor_scales(cfg: CfgNode) -> tuple[float, ...]:
@@ -177,30 +305,27 @@ def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> 
             raise ConfigError(f"{key}: expected {' or '.join(map(repr, values))}, got {value!r}: {reason}")
 
 
-def check_common_values(cfg: CfgNode) -> None:
-    """Refuse values that neither engine can use.
+def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
+    """Keys of a training that two configs of :func:`dump_config` state differently, with both values.
 
-    Raises:
-        ConfigError: naming the key.
+    Those of tests and the initial weights, which do not concern a training that continues, are left out.
     """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
-            "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
-        )
-    if len(cfg.MODEL.RPN.IOU_THRESHOLDS) != 2 or list(cfg.MODEL.RPN.IOU_LABELS) != [0, -1, 1]:
-        raise ConfigError(
-            "MODEL.RPN.IOU_THRESHOLDS and MODEL.RPN.IOU_LABELS: expected [λ2, λ1] and [0, -1, 1], got "
-            f"{cfg.MODEL.RPN.IOU_THRESHOLDS} and {cfg.MODEL.RPN.IOU_LABELS}"
-        )
-    if cfg.INPUT.CROP.ENABLED:
-        check_values(cfg, {"INPUT.CROP.TYPE": ("absolute",)}, "the crop is given in pixels after the resize")
-    check_values(
-        cfg,
-        {"MODEL.ANCHOR_GENERATOR.OFFSET": (0.0,)},
-        "with another offset the anchors of sub-sampled cells would not coincide with those of the full grid",
-    )
-    check_values(cfg, {"INPUT.RANDOM_FLIP": ("horizontal", "none")}, "faces are not flipped vertically")
-    check_values(cfg, {"INPUT.FORMAT": ("RGB",)}, "images are read as torchvision's weights expect them")
-    if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")
+
+    def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in config.items():
+            if isinstance(value, Mapping):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    try:
+        old, new = (dict(flatten(yaml.safe_load(text) or {})) for text in (before, now))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"the config in the checkpoint: not plain YAML: {_one_line(error)}") from error
+    if not old or not new:
+        return []
+    keys = (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
+    ignored = ("TEST.", "DATASETS.TEST", "MODEL.WEIGHTS")
+    return [
+        (key, old.get(key, "the default"), new.get(key, "the default")) for key in keys if not key.startswith(ignored)
+    ]

@@ -1,5 +1,6 @@
 """What a detector found in an image: the one type that models, the pyramid and the evaluations hand on."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,17 +16,39 @@ class Detections(NamedTuple):
     scores: Any  # (k,) float
     classes: Any = None  # (k,) int64 index into the class names; None: all of class 0
     anchor_scales: Any = None  # (k,) float scale in pixels of the anchor behind each; None: the model does not say
+    # Scale in pixels -> what its anchors find by themselves, the paper's sub-detectors (Sec. 6.1): lists of their own,
+    # no parts of this one, and without further ones. None: nobody asked the model.
+    sub_detectors: "Mapping[float, Detections] | None" = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The fields that have a row for every detection: all but ``sub_detectors``."""
+        return {name: value for name, value in self._asdict().items() if name != "sub_detectors"}
 
     def select(self, index: Any) -> "Detections":
-        """The rows of ``index``: indices (n,) in their order, a mask (k,), or a slice."""
-        return Detections(*(None if column is None else column[index] for column in self))
+        """The rows of ``index``: indices (n,) in their order, a mask (k,), or a slice. Sub-detectors keep theirs."""
+        return self._replace(**{name: None if x is None else x[index] for name, x in self.columns.items()})
 
     def numpy(self) -> "Detections":
         """The same as NumPy arrays on the CPU; shares memory with CPU tensors."""
-        return Detections(*(_to_numpy(column) for column in self))
+        return map_lists(lambda one: Detections(**{name: _to_numpy(x) for name, x in one.columns.items()}), self)
 
 
-def _to_numpy(column: Any) -> np.ndarray | None:
+def map_lists(function: Callable[..., Detections], *parts: Detections) -> Detections:
+    """``function`` of the detections, and by itself of those of every sub-detector.
+
+    Args:
+        function: takes as many lists without sub-detectors as there are ``parts``.
+        parts: at least one; all have the same sub-detectors.
+    """
+    joint = function(*(part._replace(sub_detectors=None) for part in parts))
+    by_scale = [part.sub_detectors for part in parts if part.sub_detectors is not None]
+    if not by_scale:
+        return joint
+    return joint._replace(sub_detectors={s: function(*(lists[s] for lists in by_scale)) for s in by_scale[0]})
+
+
+def _to_numpy(column: Any) -> Any:
     if column is None:
         return None
     return np.asarray(column.detach().cpu() if hasattr(column, "detach") else column)

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from .engines.build import Detect, build_pyramid, build_test_transform
 from .env import resolve_engine
 from .faces import Faces, ImageLike, as_image
 
-_MODULES = {"detectron2": "group_sampling.engines.d2.detect", "torchvision": "group_sampling.engines.tv.detect"}
+# By name, so that the engine that is not used need not be installed.
+ENGINE_MODULES = {"detectron2": "group_sampling.engines.d2.detect", "torchvision": "group_sampling.engines.tv.detect"}
 
 
 class FaceDetector:
@@ -100,9 +102,9 @@ class FaceDetector:
             raise ValueError("flip: expected scales as well, for example scales=(1.0,)")
         saved = saved_config(config_file, path, needed_by="the weights")
         first = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
-        last = ["MODEL.WEIGHTS", "", *(["MODEL.DEVICE", device] if device else [])]
-        # Imported by name: of the two engines the one that is not used need not be installed.
-        module = importlib.import_module(_MODULES[engine])
+        # Faces have no lists of sub-detectors.
+        last = ["MODEL.WEIGHTS", "", "TEST.SUB_DETECTORS", "False", *(["MODEL.DEVICE", device] if device else [])]
+        module = importlib.import_module(ENGINE_MODULES[engine])
         cfg = module.load_config(config_file, [*first, *opts, *last], saved=saved)
         heads = cfg.MODEL.ROI_HEADS
         heads.SCORE_THRESH_TEST = min(heads.SCORE_THRESH_TEST, score_thresh)
@@ -141,7 +143,7 @@ class FaceDetector:
         if isinstance(images, torch.Tensor) and images.ndim == 4:
             images = list(images)
         if not isinstance(images, list | tuple):
-            return self._detect_batch([as_image(images)])[0]
+            return self._detect_batch([as_image(cast(ImageLike, images))])[0]  # as_image refuses what is none
         found = []
         for start in range(0, len(images), self.batch_size):
             found += self._detect_batch([as_image(image) for image in images[start : start + self.batch_size]])
@@ -153,13 +155,13 @@ class FaceDetector:
         if self._pyramid:
             return [
                 self._to_faces(
-                    self._pyramid(image, lambda tile: self._detect([np.require(tile, requirements="CW")])[0]),
+                    self._pyramid(image, lambda tile: self._detect([np.require(tile, requirements=["C", "W"])])[0]),
                     image.shape[:2],
                 )
                 for image in images
             ]
         # Writable, as torch.from_numpy wants it: Pillow's arrays are not.
-        resized = [np.require(self._transform.apply_image(image), requirements="CW") for image in images]
+        resized = [np.require(self._transform.apply_image(image), requirements=["C", "W"]) for image in images]
         found: dict[int, Faces] = {}
         for shape in dict.fromkeys(image.shape for image in resized):
             indices = [index for index, image in enumerate(resized) if image.shape == shape]
@@ -173,7 +175,8 @@ class FaceDetector:
     def _to_faces(self, detections: Detections, size: tuple[int, int]) -> Faces:
         has_area = (detections.boxes[:, 2:] > detections.boxes[:, :2]).all(dim=1)
         found = detections.select(has_area & (detections.scores >= self.score_thresh)).numpy()
-        return Faces(*found, size, self.class_names, self._scales)
+        columns = found.boxes, found.scores, found.classes, found.anchor_scales
+        return Faces(*columns, size, self.class_names, self._scales)
 
 
 def with_pyramid(cfg: CfgNode, scales: Sequence[float], flip: bool) -> CfgNode:

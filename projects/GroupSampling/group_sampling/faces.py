@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from .data.images import read_image
+from .data.images import read_image, to_rgb
 from .data.records import ImageRecord
 
 # A path, an array or tensor as :func:`as_image` describes, or a Pillow image.
@@ -72,9 +72,13 @@ class Faces:
 
     def select(self, index: Any) -> "Faces":
         """The rows of ``index``: indices (n,) in their order, a mask (k,), or a slice."""
-        names = ("boxes", "scores", "classes", "anchor_scales")
-        columns = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if value is None else value[index] for name, value in columns.items()})
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            scores=self.scores[index],
+            classes=self.classes[index],
+            anchor_scales=None if self.anchor_scales is None else self.anchor_scales[index],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: ``{"height": ..., "width": ..., "faces": [{"box": [x1, y1, x2, y2], "score": ...}, ...]}``.
@@ -119,7 +123,7 @@ class Faces:
         for width in sorted(set(widths.tolist()), reverse=True):  # small faces above large ones
             rows = np.flatnonzero(widths == width)
             is_labeled = (len(self) <= _MAX_LABELED) & (sides[rows] >= _MIN_LABELED_SIDE * font_size)
-            colors = [self._color(row) for row in rows]
+            colors = [self._color(row) for row in rows.tolist()]
             canvas = draw_bounding_boxes(
                 canvas,
                 torch.from_numpy(self.boxes[rows]),
@@ -197,7 +201,7 @@ def as_image(image: ImageLike) -> np.ndarray:
         record = ImageRecord(path, path, None, None, np.zeros((0, 4), np.float32), nothing, nothing.astype(bool))
         return read_image(record)
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return to_rgb(ImageOps.exif_transpose(image), image.format)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"image: expected a tensor (3, H, W) or (1, H, W), got {tuple(image.shape)}")

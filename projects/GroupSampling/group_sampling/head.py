@@ -20,6 +20,10 @@ class SoftmaxRPNHead(nn.Module):
     difference: ``sigmoid(difference)`` is the softmax probability and binary cross entropy on it is the softmax loss.
     The output therefore has the shape that Detectron2's and torchvision's RPNs expect of their heads, while the
     parameters are those of the two-way classifier.
+
+    Attributes:
+        fired: (C,) bool, which hidden units were positive somewhere in the last training pass, of all cells or of those
+            at the anchors that were asked for. None before the first.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class SoftmaxRPNHead(nn.Module):
             face_prior: probability of a face that a fresh head predicts; None: 1/2. Focal loss starts from a small one.
         """
         super().__init__()
+        self.fired: Tensor | None = None
         self.num_anchors = num_anchors
         self.steps = tuple(steps)
         self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
@@ -40,9 +45,10 @@ class SoftmaxRPNHead(nn.Module):
         self.bbox_pred = nn.Conv2d(in_channels, 4 * num_anchors, kernel_size=1)
         for layer in (self.conv, self.cls_logits, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
         if face_prior is not None:
-            nn.init.constant_(self.cls_logits.bias[num_anchors:], math.log(face_prior / (1 - face_prior)))
+            face_bias = self.cls_logits.get_parameter("bias")[num_anchors:]
+            nn.init.constant_(face_bias, math.log(face_prior / (1 - face_prior)))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -54,9 +60,11 @@ class SoftmaxRPNHead(nn.Module):
             deltas: per level (B, 4 * A, H, W), four consecutive channels per anchor.
         """
         weight, bias = self._output_layer()
-        logits, deltas = [], []
+        logits, deltas, fired = [], [], []
         for feature in features:
             hidden = F.relu(self.conv(feature))
+            if self.training:
+                fired.append((hidden.detach() > 0).any((0, 2, 3)))
             for first, last, step in self._levels():
                 outputs = F.conv2d(
                     hidden[:, :, ::step, ::step],
@@ -65,6 +73,8 @@ class SoftmaxRPNHead(nn.Module):
                 ).unflatten(1, (-1, 5))
                 logits.append(outputs[:, :, 0])
                 deltas.append(outputs[:, :, 1:].flatten(1, 2))
+        if self.training:
+            self.fired = torch.stack(fired).any(0)
         return logits, deltas
 
     def predictor(self, features: list[Tensor], grid: AnchorGrid) -> Predict:
@@ -117,6 +127,7 @@ class SoftmaxRPNHead(nn.Module):
         patches = F.embedding(rows, torch.cat(tables) if len(tables) > 1 else tables[0]).flatten(2)
         kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)
         hidden = F.relu(F.linear(patches, kernel, self.conv.bias))
+        self.fired = (hidden.detach() > 0).any((0, 1))
         weight, bias = self._output_layer()
         outputs = F.linear(hidden, weight.flatten(0, 1), bias.flatten()).unflatten(2, (-1, 5))
         outputs = outputs.gather(2, anchor[..., None, None].expand(-1, -1, 1, 5)).squeeze(2)
@@ -132,9 +143,10 @@ class SoftmaxRPNHead(nn.Module):
     def _output_layer(self) -> tuple[Tensor, Tensor]:
         """The two 1x1 convolutions as one: (A, 5, C) and (A, 5), of each anchor the logit difference and the deltas."""
         cls_weight = self.cls_logits.weight.view(2, self.num_anchors, 1, -1)
-        cls_bias = self.cls_logits.bias.view(2, self.num_anchors, 1)
+        # torch declares the bias of every convolution as optional.
+        cls_bias = self.cls_logits.bias.view(2, self.num_anchors, 1)  # type: ignore[union-attr]
         box_weight = self.bbox_pred.weight.view(self.num_anchors, 4, -1)
-        box_bias = self.bbox_pred.bias.view(self.num_anchors, 4)
+        box_bias = self.bbox_pred.bias.view(self.num_anchors, 4)  # type: ignore[union-attr]
         return (
             torch.cat([cls_weight[1] - cls_weight[0], box_weight], dim=1),
             torch.cat([cls_bias[1] - cls_bias[0], box_bias], dim=1),

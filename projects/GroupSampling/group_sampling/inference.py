@@ -31,6 +31,7 @@ def select_proposals(
     post_nms_topk: int,
     nms_thresh: float,
     min_size: float = 0.0,
+    group: int | None = None,
 ) -> list[Proposals]:
     """The best boxes of every image: top-k of each level, decoded, clipped, NMS within a level, top-k over all levels.
 
@@ -45,10 +46,16 @@ def select_proposals(
         post_nms_topk: kept per image after NMS.
         nms_thresh: IoU above which the lower-scoring box is removed; 1 or more skips NMS.
         min_size: boxes with a side not longer than this many pixels are removed.
+        group: of the grid, the only one whose anchors take part, as if there were no others: a sub-detector of the
+            paper (Sec. 6.1). None: all anchors.
     """
     indices, levels, start = [], [], 0
     for level, size in enumerate(grid.level_sizes):
-        top = logits[:, start : start + size].topk(min(pre_nms_topk, size), dim=1).indices + start
+        if group is None:
+            top = logits[:, start : start + size].topk(min(pre_nms_topk, size), dim=1).indices + start
+        else:
+            members = grid.group_members(group, logits.device, level=level)
+            top = members[logits[:, members].topk(min(pre_nms_topk, len(members)), dim=1).indices]
         indices.append(top)
         levels.append(torch.full_like(top, level))
         start += size

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from .data.transforms import TestTransform
-from .detections import Detections
+from .detections import Detections, map_lists
 
 # A tile starts at a multiple of this, the coarsest stride of an FPN, so its cells are cells of the whole image.
 _ALIGNMENT = 32
@@ -43,6 +44,8 @@ class ImagePyramid:
     scale, and no level is made smaller than asked for. A detection that ends at an inner edge of its tile is dropped
     where the neighboring tile holds all of it. So a face smaller than the overlap is found whole; of a larger one
     nothing is dropped, but it can come in parts.
+
+    If the detector returns what its sub-detectors find, each of their lists goes the same way by itself.
 
     Args:
         base: the resize of the single-scale test; ``scales`` are relative to its result.
@@ -112,9 +115,13 @@ class ImagePyramid:
             resized = level.apply_image(image)
             found.append(self._detect_level(resized, detect, size))
             if self.flip:
-                found.append(_mirror(self._detect_level(resized[:, ::-1], detect, size), size[1]))
+                mirrored = self._detect_level(resized[:, ::-1], detect, size)
+                found.append(map_lists(lambda level: _mirror(level, size[1]), mirrored))
+        return map_lists(self._merge, *found)
+
+    def _merge(self, *levels: Detections) -> Detections:
         return merge_detections(
-            found, nms_thresh=self.nms_thresh, vote_thresh=self.vote_thresh, max_detections=self.max_detections
+            levels, nms_thresh=self.nms_thresh, vote_thresh=self.vote_thresh, max_detections=self.max_detections
         )
 
     def _detect_level(
@@ -123,18 +130,22 @@ class ImagePyramid:
         """The best detections on one resized image, tile by tile, in pixels of ``size``."""
         height, width = image.shape[:2]
         rows, columns = (tile_spans(side, self.max_side, self.tile_overlap) for side in (height, width))
-        found = []
-        for (y0, y1), (x0, x1) in itertools.product(rows, columns):
-            tile = detect(np.ascontiguousarray(image[y0:y1, x0:x1]))
-            tile = tile._replace(boxes=tile.boxes + tile.boxes.new_tensor([x0, y0, x0, y0]))
-            cut = _is_cut(tile.boxes[:, 0::2], (x0, x1), columns, self.tile_overlap)
-            cut |= _is_cut(tile.boxes[:, 1::2], (y0, y1), rows, self.tile_overlap)
-            found.append(tile.select(~cut))
-        level = _concatenate(found)
-        factors = level.boxes.new_tensor([size[1] / width, size[0] / height] * 2)
-        level = level._replace(boxes=clip_boxes_to_image(level.boxes * factors, size))
-        level = level.select((level.boxes[:, 2:] > level.boxes[:, :2]).all(dim=1))
-        return _best_first(level).select(slice(self.max_detections))
+        spans = list(itertools.product(rows, columns))
+
+        def join(*tiles: Detections) -> Detections:
+            found = []
+            for tile, ((y0, y1), (x0, x1)) in zip(tiles, spans):
+                tile = tile._replace(boxes=tile.boxes + tile.boxes.new_tensor([x0, y0, x0, y0]))
+                cut = _is_cut(tile.boxes[:, 0::2], (x0, x1), columns, self.tile_overlap)
+                cut |= _is_cut(tile.boxes[:, 1::2], (y0, y1), rows, self.tile_overlap)
+                found.append(tile.select(~cut))
+            level = _concatenate(found)
+            factors = level.boxes.new_tensor([size[1] / width, size[0] / height] * 2)
+            level = level._replace(boxes=clip_boxes_to_image(level.boxes * factors, size))
+            level = level.select((level.boxes[:, 2:] > level.boxes[:, :2]).all(dim=1))
+            return _best_first(level).select(slice(self.max_detections))
+
+        return map_lists(join, *(detect(np.ascontiguousarray(image[y0:y1, x0:x1])) for (y0, y1), (x0, x1) in spans))
 
 
 def tile_spans(side: int, max_side: int, overlap: int) -> list[tuple[int, int]]:
@@ -208,7 +219,12 @@ def _mirror(detections: Detections, width: int) -> Detections:
 
 
 def _concatenate(parts: Sequence[Detections]) -> Detections:
-    return Detections(*(None if any(t is None for t in tensors) else torch.cat(tensors) for tensors in zip(*parts)))
+    """Without their sub-detectors."""
+    columns: dict[str, Any] = {}
+    for name in parts[0].columns:
+        tensors = [part.columns[name] for part in parts]
+        columns[name] = None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
+    return Detections(**columns)
 
 
 def _best_first(detections: Detections) -> Detections:

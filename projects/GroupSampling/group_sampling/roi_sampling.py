@@ -8,9 +8,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from .config import ConfigError, anchor_scales
-from .ops import match_anchors, sample_groups
-from .samplers import count_by_scale, first_image, named_class, sample_count
+from .config import ConfigError, anchor_scales, sample_count
+from .monitor import count_by_scale
+from .ops import MatchOptions, match_anchors, sample_groups
+from .samplers import first_image, named_class
 from .scales import scale_borders
 
 # Keeps the draws of proposals independent of the draws of anchors, which start from the same seed.
@@ -78,7 +79,12 @@ class ProposalSampler(ABC):
         self.scales = tuple(sorted(set(map(float, scales))))
         self.positive_fraction = positive_fraction
         self.seed = seed
-        self._match_options = {"pos_iou": pos_iou, "neg_iou": neg_iou, "second_pass": "none", "ignore_ioa": ignore_ioa}
+        self._match_options: MatchOptions = {
+            "pos_iou": pos_iou,
+            "neg_iou": neg_iou,
+            "second_pass": "none",
+            "ignore_ioa": ignore_ioa,
+        }
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "ProposalSampler":
@@ -141,9 +147,9 @@ class ProposalSampler(ABC):
             iteration: the training iteration.
         """
         first = first_image(len(proposals))
-        ignore_boxes = [None] * len(proposals) if ignore_boxes is None else ignore_boxes
+        regions: Sequence[Tensor | None] = [None] * len(proposals) if ignore_boxes is None else ignore_boxes
         found = []
-        for image, (boxes, gt, ignore) in enumerate(zip(proposals, gt_boxes, ignore_boxes)):
+        for image, (boxes, gt, ignore) in enumerate(zip(proposals, gt_boxes, regions)):
             match = match_anchors(
                 boxes,
                 gt.to(boxes.dtype),

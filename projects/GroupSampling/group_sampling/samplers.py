@@ -16,12 +16,16 @@ from torchvision.ops import sigmoid_focal_loss
 
 from . import distributed
 from .anchors import AnchorGrid
-from .config import ConfigError
+from .config import ConfigError, sample_count
 from .losses import classification_loss
-from .ops import AssignResult, MatchResult, assign_and_sample, match_anchor_grid
+from .ops import AssignResult, MatchOptions, MatchResult, assign_and_sample, match_anchor_grid
 from .timing import PartTimer
 
 T = TypeVar("T")
+
+# The values of MODEL.GROUP_SAMPLING.FILL and .LOSS_MEAN.
+FILLS = ("negatives", "repeat", "weight")
+LOSS_MEANS = ("all", "group")
 
 
 class AnchorSampler(ABC):
@@ -64,7 +68,7 @@ class AnchorSampler(ABC):
         self.num_samples = num_samples
         self.seed = seed
         self.timer = PartTimer()
-        self.match_options = {
+        self.match_options: MatchOptions = {
             "pos_iou": pos_iou,
             "neg_iou": neg_iou,
             "second_pass": second_pass,
@@ -138,8 +142,27 @@ class AnchorSampler(ABC):
         Args:
             logits: (B, G, N) face logit minus background logit of each anchor of ``chosen``.
         """
-        is_chosen = chosen.labels >= 0
-        return (classification_loss(logits, chosen.labels) * is_chosen).sum() / is_chosen.sum().clamp(min=1)
+        weights = self.weights(chosen)
+        return self.average(classification_loss(logits, chosen.labels), weights, weights)
+
+    def weights(self, chosen: AssignResult) -> Tensor:
+        """(B, G, N) how often each anchor of ``chosen`` counts in the losses; 0 or False where there is none."""
+        return chosen.labels >= 0
+
+    def average(self, losses: Tensor, weights: Tensor, normalizer: Tensor) -> Tensor:
+        """Scalar: the sum of ``weights`` times ``losses``, divided by the sum of ``normalizer``; 0 for no samples.
+
+        Args:
+            losses, weights, normalizer: (B, G, k) of the same k of each group's columns; the normalizer may have more.
+        """
+        return (losses * weights).sum() / normalizer.sum().clamp(min=1)
+
+    def effective_weights(self, chosen: AssignResult) -> Tensor:
+        """(B, G, N) what each anchor counts in the mean of the classification losses, each image by itself.
+
+        As :meth:`weights`, with what :meth:`average` does to them; the sum over an image is the same.
+        """
+        return self.weights(chosen)
 
     def match(self, grid: AnchorGrid, gt_boxes: Sequence[Tensor], ignore_boxes: Sequence[Tensor] | None) -> MatchResult:
         """(B, n) labels and matched faces of all anchors, for samplers that look at each of them."""
@@ -152,6 +175,9 @@ class _RandomSampler(AnchorSampler):
     A draw depends on (seed, iteration, rank, image, group) alone, so a resumed run draws what the uninterrupted one
     would have drawn, and the images of a batch and the ranks of a run draw independently.
     """
+
+    num_samples: int
+    max_positives: int
 
     def __init__(self, num_samples: int, *, positive_fraction: float = 0.25, **options: Any):
         super().__init__(num_samples, **options)
@@ -182,9 +208,71 @@ class _RandomSampler(AnchorSampler):
 
 
 class GroupSampler(_RandomSampler):
-    """Group sampling (Sec. 4.2): N anchors of every scale."""
+    """Group sampling (Sec. 4.2): N anchors of every scale.
+
+    The paper leaves open what takes the place of missing positives, and whether a scale that draws less also weighs
+    less (docs/deviations.md). Let P be the positives that were drawn of a group, K the most that may be, Q its drawn
+    negatives. With all fills the same anchors are drawn; they differ in how often each counts:
+
+    - "negatives": each once. Negatives take the place of missing positives.
+    - "repeat": the K places of positives are given to the P in turn, and the first N - K negatives count once.
+    - "weight": the same numbers, spread evenly: a positive counts K / P times, a negative min(Q, N - K) / Q times.
+
+    A group without positives then has N - K negatives. A loss is the mean over all that count ("all"), or the mean
+    of the means within each scale, over the scales of which the batch has something to count ("group").
+
+    Args:
+        fill: one of :data:`FILLS`.
+        loss_mean: one of :data:`LOSS_MEANS`.
+
+    Raises:
+        ValueError: another value of these.
+    """
 
     count_key = "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP"
+
+    def __init__(self, num_samples: int, *, fill: str = "negatives", loss_mean: str = "all", **options: Any):
+        super().__init__(num_samples, **options)
+        if fill not in FILLS or loss_mean not in LOSS_MEANS:
+            raise ValueError(
+                f"GroupSampler: expected a fill among {FILLS} and a loss_mean among {LOSS_MEANS}, got {fill!r} and "
+                f"{loss_mean!r}"
+            )
+        self.fill = fill
+        self.loss_mean = loss_mean
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, **options: Any) -> AnchorSampler:
+        keys = cfg.MODEL.GROUP_SAMPLING
+        return super().from_config(cfg, fill=keys.FILL, loss_mean=keys.LOSS_MEAN, **options)
+
+    def weights(self, chosen: AssignResult) -> Tensor:
+        if self.fill == "negatives":
+            return super().weights(chosen)
+        num_pos, num_neg = chosen.num_pos[..., None], chosen.num_neg[..., None]
+        places, others = self.max_positives, self.num_samples - self.max_positives
+        is_positive, is_negative = chosen.labels == 1, chosen.labels == 0
+        column = torch.arange(chosen.labels.shape[-1], device=num_pos.device)
+        divisor = num_pos.clamp(min=1)
+        if self.fill == "repeat":
+            counts = torch.where(is_positive, places // divisor + (column < places % divisor), 0)
+            return (counts + (is_negative & (column - num_pos < others))).float()
+        shares = num_neg.clamp(max=others) / num_neg.clamp(min=1)
+        return torch.where(is_positive, places / divisor, 0.0) + torch.where(is_negative, shares, 0.0)
+
+    def average(self, losses: Tensor, weights: Tensor, normalizer: Tensor) -> Tensor:
+        if self.loss_mean == "all":
+            return super().average(losses, weights, normalizer)
+        sums, counts = (losses * weights).sum((0, 2)), normalizer.sum((0, 2))
+        return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+
+    def effective_weights(self, chosen: AssignResult) -> Tensor:
+        weights = self.weights(chosen)
+        if self.loss_mean == "all":
+            return weights
+        counts = weights.sum(-1, keepdim=True)
+        even = counts.sum(1, keepdim=True) / (counts > 0).sum(1, keepdim=True).clamp(min=1)
+        return weights * even / counts.clamp(min=1)
 
     @staticmethod
     def groups(grid: AnchorGrid) -> AnchorGrid:
@@ -281,18 +369,6 @@ def named_class(cfg: CfgNode, key: str, registry: Mapping[str, T]) -> T:
     return registry[name]
 
 
-def sample_count(cfg: CfgNode, key: str) -> int:
-    """The number of samples at ``key``.
-
-    Raises:
-        ConfigError: it is not positive.
-    """
-    count = operator.attrgetter(key)(cfg)
-    if count < 1:
-        raise ConfigError(f"{key}: expected at least 1, got {count}")
-    return count
-
-
 def first_image(num_images: int) -> int:
     """Number, over all ranks, of the first of a rank's ``num_images`` images: equal for no two ranks."""
     return distributed.rank() * num_images
@@ -315,31 +391,3 @@ def take_matches(match: MatchResult, index: Tensor) -> AssignResult:
         num_pos=is_positive.sum(-1),
         num_neg=(labels == 0).sum(-1),
     )
-
-
-def count_by_scale(scale_ids: Tensor, labels: Tensor, num_scales: int) -> Tensor:
-    """(2, S) float32 numbers of positives and negatives of each scale; does not wait for a GPU.
-
-    Args:
-        scale_ids: (k,) int64 in [0, S).
-        labels: (k,) 1 positive, 0 negative; others are not counted.
-    """
-    counts = torch.zeros((2, num_scales), device=labels.device)
-    for row, label in enumerate((1, 0)):
-        counts[row].index_add_(0, scale_ids, (labels == label).to(counts.dtype))
-    return counts
-
-
-def count_anchors(grid: AnchorGrid, chosen: AssignResult) -> Tensor:
-    """(2, G) float32 :func:`count_by_scale` of all chosen anchors, whatever groups the sampler chose them in."""
-    index = chosen.indices.flatten().clamp(min=0)
-    return count_by_scale(grid.group_ids_at(index), chosen.labels.flatten(), grid.num_groups)
-
-
-def name_counts(stage: str, scales: Sequence[float], num_pos: Sequence[T], num_neg: Sequence[T]) -> dict[str, T]:
-    """Counts of each scale under the names that both engines log: "rpn/num_pos@16", "rpn/num_neg@16", ..."""
-    return {
-        f"{stage}/{name}@{scale:g}": count
-        for name, counts in (("num_pos", num_pos), ("num_neg", num_neg))
-        for scale, count in zip(scales, counts)
-    }

@@ -5,6 +5,9 @@
     python tools/balance_report.py --config-file configs/fpn_finest.yaml configs/fpn_finest_sampling.yaml \\
         --dataset wider_face_train --plot balance.png
 
+Prints what is drawn of an image, what it counts in the mean of the losses (MODEL.GROUP_SAMPLING.FILL and LOSS_MEAN),
+and how far apart two detectors are: the total variation distance of their samples over scales and labels.
+
 Needs annotations and image sizes, no pixels and no GPU; the augmentation is part of it. Sizes that the annotations do
 not give are read from the headers of the images. With --annotations, a file of one JSON object a line with the keys
 file, width, height, boxes_xywh and (optional) attr, WIDER FACE's six attributes of each box, no images are needed.
@@ -12,9 +15,9 @@ file, width, height, boxes_xywh and (optional) attr, WIDER FACE's six attributes
 
 import argparse
 import gzip
+import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,17 +32,17 @@ from group_sampling.data.records import (
     AnnotationError,
     DataReport,
     ImageRecord,
-    UnreadableImageError,
     usable_boxes,
 )
 from group_sampling.engines.build import load_records
 from group_sampling.engines.tv.config import load_config
-from group_sampling.experiments.balance import SampleBalance, sample_balance
+from group_sampling.errors import add_debug_flag, exit_on_error
+from group_sampling.experiments.balance import SampleBalance, sample_balance, total_variation
 from group_sampling.experiments.plots import plot_samples
 from group_sampling.files import write_json
 
 INVALID = 3  # position of the attribute in "attr": blur, expression, illumination, invalid, occlusion, pose
-LOG_FROM = 50.0  # ratio of the largest count to the smallest from which the plot's axis is logarithmic
+LOG_FROM = 50.0  # ratio of the largest share to the smallest from which the plot's axis is logarithmic
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of augmentation and draws (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=".png")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every config")
     args = parser.parse_args(argv)
     if args.images is not None and args.images < 1:
@@ -75,7 +79,7 @@ def read_jsonl(file: Path) -> list[ImageRecord]:
             invalid = np.array([attr[INVALID] == 1 for attr in entry.get("attr", [[0] * 6] * len(rows))], dtype=bool)
             if height < 1 or width < 1 or len(invalid) != len(rows):
                 raise ValueError(f"{width}x{height} pixels, {len(rows)} boxes, attributes of {len(invalid)}")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise AnnotationError(
                 f"{place}: expected an object with file, width, height, boxes_xywh and optionally attr, "
                 f"found: {type(error).__name__}: {error}"
@@ -110,21 +114,35 @@ def check_dataset(name: str, cfg: CfgNode) -> None:
 
 
 def table(balances: dict[str, SampleBalance]) -> str:
-    """Text: one line per detector, positives and then negatives of every scale."""
+    """Text: one line per detector, positives and then negatives of every scale; a second one where they count else."""
     scales = list(dict.fromkeys(scale for balance in balances.values() for scale in balance.per_scale()))
     width = max(len(name) for name in balances) + 2
     head = "".join(f"{'@' + scale:>10}" for scale in scales)
     lines = [" " * width + f"{'positives per image':^{len(head)}}  {'negatives per image':^{len(head)}}"]
     lines.append(" " * width + head + "  " + head)
     for name, balance in balances.items():
-        counts = balance.per_scale()
-        cells = ["".join(f"{counts[s][k]:10.1f}" if s in counts else f"{'-':>10}" for s in scales) for k in (0, 1)]
-        lines.append(f"{name:{width}}" + "  ".join(cells))
+        drawn = (balance.positives, balance.negatives)
+        effective = (balance.effective_positives, balance.effective_negatives)
+        for label, (positives, negatives) in ((name, drawn), ("  effective", effective))[: 1 + (drawn != effective)]:
+            counts = dict(zip(balance.per_scale(), zip(positives, negatives)))
+            cells = ["".join(f"{counts[s][k]:10.1f}" if s in counts else f"{'-':>10}" for s in scales) for k in (0, 1)]
+            lines.append(f"{label:{width}}" + "  ".join(cells))
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def distances(balances: dict[str, SampleBalance]) -> list[dict]:
+    """Of every two detectors, the total variation of what they draw and of what it counts, in percent."""
+    return [
+        {
+            "detectors": list(names),
+            "drawn": round(100 * total_variation(*pair), 2),
+            "effective": round(100 * total_variation(*pair, effective=True), 2),
+        }
+        for names, pair in zip(itertools.combinations(balances, 2), itertools.combinations(balances.values(), 2))
+    ]
+
+
+def report(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     # MODEL.DEVICE is of no consequence here, and a config's "cuda" would be refused where there is none.
     configs = {Path(file).stem: load_config(file, ["MODEL.DEVICE", "cpu", *args.opts]) for file in args.config_file}
@@ -146,19 +164,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             "scales": balances[name].scales,
             "positives": [round(count, 3) for count in balances[name].positives],
             "negatives": [round(count, 3) for count in balances[name].negatives],
+            "effective_positives": [round(count, 3) for count in balances[name].effective_positives],
+            "effective_negatives": [round(count, 3) for count in balances[name].effective_negatives],
         }
+    content["total_variation_in_percent"] = distances(balances)
     print(table(balances))
+    for pair in content["total_variation_in_percent"]:
+        print(
+            f"total variation of {' and '.join(pair['detectors'])}: {pair['drawn']} %, {pair['effective']} % effective"
+        )
     if args.json:
         write_json(args.json, content)
     if args.plot:
-        samples = {name: balance.per_scale() for name, balance in balances.items()}
-        counts = [count for scales in samples.values() for pair in scales.values() for count in pair if count > 0]
-        plot_samples(samples, args.plot, log=bool(counts) and max(counts) > LOG_FROM * min(counts))
+        shares = {}
+        for name, balance in balances.items():
+            shares[name], effective = balance.shares(), balance.shares(effective=True)
+            if effective != shares[name]:
+                shares[f"{name}, effective"] = effective
+        found = [share for scales in shares.values() for pair in scales.values() for share in pair if share > 0]
+        is_log = bool(found) and max(found) > LOG_FROM * min(found)
+        plot_samples(shares, args.plot, log=is_log, ylabel="% of all samples")
     print(f"{len(balances)} detectors in {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error("balance_report.py", args):
+        report(args)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, AnnotationError, UnreadableImageError) as error:
-        sys.exit(f"balance_report.py: {error}")  # a user error; a traceback would hide the message
+    main()

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from group_sampling.data import coco, formats, wider_face
-from group_sampling.data.records import AnnotationError, DataReport, ImageRecord, UnreadableImageError
+from group_sampling.data.records import AnnotationError, DataReport, ImageRecord
+from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.files import atomic_file
 
 FORMATS = ("yolo", "voc", "wider", "retinaface", "coco")
@@ -38,6 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--classes", nargs="+", metavar="NAME", help="keep only boxes of these classes; to wider, they are the faces"
     )
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
     if args.names and args.source != "yolo":
         parser.error("--names is for --from yolo; the other formats have the names in their files")
@@ -66,12 +67,12 @@ def select_classes(
     """Only the boxes of the classes ``wanted``; the images all stay.
 
     Raises:
-        ValueError: there is no such class.
+        UserError: there is no such class.
     """
     names = list(categories.values())
     for name in wanted:
         if name not in names:
-            raise ValueError(f"--classes: expected some of {', '.join(names)}, got {name!r}")
+            raise UserError(f"--classes: expected some of {', '.join(names)}, got {name!r}")
     kept = {key: name for key, name in categories.items() if name in wanted}
     index_of = np.array([list(kept).index(key) if key in kept else -1 for key in categories])
     selected = []
@@ -86,7 +87,7 @@ def write(args: argparse.Namespace, records: list[ImageRecord], categories: dict
     """Write ``--output``, once what it holds reads back as the same.
 
     Raises:
-        ValueError: it does not, because the format cannot say it.
+        UserError: it does not, because the format cannot say it.
     """
     if args.target == "wider":
         content = wider_face.format_annotations(records, args.images)
@@ -101,12 +102,12 @@ def write(args: argparse.Namespace, records: list[ImageRecord], categories: dict
             else:
                 again, _ = coco.read_annotations(file.name, args.images)
         except AnnotationError as error:
-            raise ValueError(f"{args.output}: the result cannot be read back: {error}") from error
+            raise UserError(f"{args.output}: the result cannot be read back: {error}") from error
         for before, after in zip(records, again, strict=True):
             same_image = os.path.normpath(before.file_name) == os.path.normpath(after.file_name)
             same = (np.array_equal(getattr(before, key), getattr(after, key)) for key in ("boxes", "classes", "ignore"))
             if not (same_image and all(same)):
-                raise ValueError(f"{args.output}: {before.file_name} does not read back as it was")
+                raise UserError(f"{args.output}: {before.file_name} does not read back as it was")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -117,9 +118,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.target == "wider":
         if len(categories) > 1 and not args.classes:
             names = ", ".join(categories.values())
-            raise ValueError(
-                f"--to wider has faces only: expected --classes NAME ... to say which of {names} are faces"
-            )
+            raise UserError(f"--to wider has faces only: expected --classes NAME ... to say which of {names} are faces")
         records = [replace(record, classes=np.zeros_like(record.classes)) for record in records]
         categories = {1: "face"}
     if args.target == "coco":
@@ -137,10 +136,8 @@ def convert(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with exit_on_error("convert_dataset.py", args):
         convert(args)
-    except (AnnotationError, UnreadableImageError, ValueError, OSError) as error:
-        sys.exit(f"convert_dataset.py: error: {error}")  # the user's to mend; a traceback would hide the message
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ import argparse
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from group_sampling.data.catalog import Catalog
+from group_sampling.engines.build import read_run_config
 from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.jobs import Job, run_jobs
 from group_sampling.experiments.report import write_report
 from group_sampling.experiments.runs import Run
@@ -30,15 +32,16 @@ DETECTORS = {"FPN-finest": "demo_fpn_finest", "FPN-finest-sampling": "demo_fpn_f
 DATASET = "synthetic_faces_val"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "output/demo")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="also write the AP of every seed, mean and spread to this file")
     parser.add_argument("--fresh", action="store_true", help="repeat runs that are complete")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def job(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> Job:
@@ -72,8 +75,7 @@ def summarize(runs: dict[str, list[Run]], seeds: list[int], engine: str) -> dict
     return summary
 
 
-def main() -> None:
-    args = parse_args()
+def demo(args: argparse.Namespace) -> None:
     engine = resolve_engine(args.engine)
     print(f"engine: {engine}")
     runs: dict[str, list[Run]] = {name: [] for name in DETECTORS}
@@ -90,7 +92,7 @@ def main() -> None:
                 print(f"{title}: complete in {run.folder} (--fresh repeats it)")
     for outcome in run_jobs(jobs, working_directory=REPOSITORY):
         if outcome.error:
-            sys.exit(outcome.error)
+            raise UserError(outcome.error)
 
     summary = summarize(runs, args.seeds, engine)
     write_json(args.output / "summary.json", summary)
@@ -98,7 +100,7 @@ def main() -> None:
         write_json(args.json, summary)
 
     first = [seeds_of_run[0] for seeds_of_run in runs.values()]
-    config = yaml.safe_load((first[0].folder / "config.yaml").read_text())
+    config = read_run_config(str(first[0].folder / "config.yaml"))
     solver = config["SOLVER"]
     notes = [
         f"Both detectors were trained from scratch by train_net.py ({engine} engine) with one seed, data set and "
@@ -123,6 +125,12 @@ def main() -> None:
         notes=notes,
     )
     print(f"report: {report}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error("demo.py", args):
+        demo(args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """FDDB's discrete and continuous ROC of any detector's result files.
 
     python evaluate_fddb.py --predictions DIR --annotations DIR [--images DIR] [--ellipse none|fitted|s3fd ...]
-                            [--regressor Fit.mat] [--plot OUT.png] [--json OUT.json]
+                            [--regressor Fit.mat] [--scores 0.3 0.5 0.7] [--plot OUT.png] [--json OUT.json]
 
 The predictions are fold-01-out.txt to fold-10-out.txt (per image its name, the number of detections, lines
 "x y w h score"); the annotations are the folder of FDDB-fold-XX.txt and FDDB-fold-XX-ellipseList.txt. Detections are
@@ -14,17 +14,21 @@ each fold by a regressor fitted to the other nine; s3fd by the regressor that th
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from group_sampling.data.records import UnreadableImageError
+from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.evaluation import FDDBResult, FDDBRoc, read_fddb_predictions
 from group_sampling.evaluation.fddb.regressor import EllipseRegressor
-from group_sampling.files import write_json
+from group_sampling.evaluation.results import UnitCheck
+from group_sampling.evaluation.thresholds import add_scores_flag
+from group_sampling.files import atomic_file
 
 
 def evaluate(
@@ -36,14 +40,18 @@ def evaluate(
 ) -> FDDBResult:
     """Evaluate a result set, once for each of ``ellipses``.
 
-    Raises ValueError, OSError, UnreadableImageError or ModuleNotFoundError for input that is not as documented.
+    Raises UserError, ValueError, OSError or ModuleNotFoundError for input that is not as documented.
     """
     if "s3fd" in ellipses and regressor is None:
-        raise ValueError("--ellipse s3fd: expected --regressor, S3FD's Fit.mat, got none")
+        raise UserError("--ellipse s3fd: expected --regressor, S3FD's Fit.mat, got none")
     s3fd = EllipseRegressor.from_s3fd(regressor) if "s3fd" in ellipses else None
     metric = FDDBRoc.from_folder(annotations, images)
+    units = UnitCheck()
     for image_id, found in read_fddb_predictions(predictions):
         metric.update(image_id, found)
+        units.add(found)
+    if units.hint():
+        print(f"{predictions}: {units.hint()}", file=sys.stderr)
     return metric.compute(
         {ellipse: s3fd if ellipse == "s3fd" else ellipse for ellipse in ellipses},
         progress=partial(tqdm, unit="image", disable=None),
@@ -57,24 +65,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder of the images (where there is no image_sizes.csv)")
     parser.add_argument("--ellipse", nargs="+", choices=("none", "fitted", "s3fd"), default=["none"])
     parser.add_argument("--regressor", type=Path, help="S3FD's Fit.mat")
+    add_scores_flag(parser)
     parser.add_argument("--plot", type=Path, help="write the ROC curves to this image (.png, .pdf, .svg)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
 
-    try:
+    with exit_on_error("evaluate_fddb.py", args):
         result = evaluate(args.predictions, args.annotations, args.images, args.ellipse, args.regressor)
+        result = result.reporting(args.scores)
         print(result.table())
         print(
             "{images} images, {images_without_predictions} of them without predictions; {faces} faces".format(
                 **result.counts
             )
         )
-        if args.json:
-            write_json(args.json, result.to_dict())
-        if args.plot:
-            result.plot(args.plot, title=f"FDDB: {args.predictions.name}")
-    except (ValueError, OSError, UnreadableImageError, ModuleNotFoundError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        # All or nothing: the last file to fail leaves no other behind.
+        with atomic_file(args.json) if args.json else nullcontext() as file:
+            if file:
+                file.write((json.dumps(result.to_dict(), indent=2) + "\n").encode())
+            if args.plot:
+                result.plot(args.plot, title=f"FDDB: {args.predictions.name}")
 
 
 if __name__ == "__main__":

@@ -9,24 +9,34 @@ ground truth is the folder of wider_face_val.mat and wider_{easy,medium,hard}_va
 """
 
 import argparse
+import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.evaluation import WiderFaceAP, WiderFaceResult, read_predictions
+from group_sampling.evaluation.results import UnitCheck
+from group_sampling.evaluation.thresholds import add_scores_flag
 from group_sampling.evaluation.wider_face.curves import plot_comparison, read_published_curves
-from group_sampling.files import write_json
+from group_sampling.files import atomic_file
+
+_SIZES = (16, 32, 64, 128)
 
 
 def load(predictions: Path, evaluator: WiderFaceAP) -> WiderFaceAP:
     """Feed a result set to the evaluator, file by file. Raises ValueError or OSError for what is not as documented."""
-    progress = tqdm(read_predictions(predictions), total=len(evaluator), unit="image", disable=None)
-    for image_id, found in progress:
+    files = read_predictions(predictions, images=evaluator.image_ids)
+    units = UnitCheck()
+    for image_id, found in tqdm(files, total=len(evaluator), unit="image", disable=None):
         evaluator.update(image_id, found)
+        units.add(found)
+    if units.hint():
+        logging.warning(f"{predictions}: {units.hint()}")
     return evaluator
 
 
@@ -54,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--per-scale",
         action="store_true",
-        help="AP by size of the face as well, near 16, 32, 64 and 128 pixels; not the paper's AP@scale, since result "
-        "files do not tell the anchor",
+        help="AP by size of the face as well, near 16, 32, 64 and 128 pixels; not the paper's AP@16 ... AP@128, which "
+        "are All of the result sets predictions@16 ... predictions@128 that an evaluation writes",
     )
+    add_scores_flag(parser)
     parser.add_argument("--plot", type=Path, help="write the precision-recall curves to this image (.png, .pdf, .svg)")
     parser.add_argument(
         "--curves",
@@ -64,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of published curves to draw along, eval_tools' plot/baselines/Val/setting_int",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_debug_flag(parser)
     args = parser.parse_args(argv)
     detectors = {args.predictions.name: args.predictions} if args.predictions else {}
     for entry in args.compare:
@@ -77,14 +89,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--curves: expected --plot as well, got none")
 
     logging.basicConfig(format="%(message)s")
-    try:
+    with exit_on_error("evaluate_wider.py", args):
         published = (
             read_published_curves(args.curves) if args.curves else []
         )  # first, so that a wrong folder is reported at once
         results, contents = {}, {}
         for name, path in detectors.items():
-            evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, by_size=args.per_scale))
-            results[name] = result = evaluator.compute()
+            sizes = _SIZES if args.per_scale else ()
+            evaluator = load(path, WiderFaceAP.from_official(args.ground_truth, sizes=sizes))
+            results[name] = result = evaluator.compute().reporting(args.scores)
             contents[name] = result.to_dict()
             print((f"{name}\n" if len(detectors) > 1 else "") + result.table())
             print("{images} images, {images_without_predictions} of them without predictions".format(**result.counts))
@@ -92,15 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 events = evaluator.compute_by(lambda image_id: image_id.split("/")[0])
                 contents[name]["events"] = {event: of_event.to_dict() for event, of_event in events.items()}
                 print(event_table(events))
-        if args.json:
-            content = next(iter(contents.values())) if not args.compare else {"detectors": contents}
-            write_json(args.json, content)
-        if args.plot and (args.compare or args.curves):
-            plot_comparison(args.plot, results, published)
-        elif args.plot:
-            result.plot(args.plot, title=f"WIDER FACE validation: {args.predictions.name}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        # All or nothing: the last file to fail leaves no other behind.
+        with atomic_file(args.json) if args.json else nullcontext() as file:
+            if file:
+                content = next(iter(contents.values())) if not args.compare else {"detectors": contents}
+                file.write((json.dumps(content, indent=2) + "\n").encode())
+            if args.plot and (args.compare or args.curves):
+                plot_comparison(args.plot, results, published)
+            elif args.plot:
+                result.plot(args.plot, title=f"WIDER FACE validation: {args.predictions.name}")
 
 
 if __name__ == "__main__":

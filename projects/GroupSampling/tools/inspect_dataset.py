@@ -17,10 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from group_sampling.config import ConfigError
-from group_sampling.data.catalog import Catalog, MissingDatasetError
-from group_sampling.data.records import AnnotationError
+from group_sampling.data.catalog import Catalog
 from group_sampling.engines.tv.config import load_config
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.experiments.inspection import draw_sheet, draw_sizes, inspect
 from group_sampling.files import write_atomically
 
@@ -35,6 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--samples", type=int, default=12, metavar="K", help="pictures on the sheet (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and of crops (default: 0)")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_intermixed_args(argv)
     if bool(args.annotations) != bool(args.images):
@@ -78,10 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with exit_on_error("inspect_dataset.py", args):
         status = run(args)
-    except (ConfigError, MissingDatasetError, AnnotationError, ValueError, OSError) as error:
-        sys.exit(f"inspect_dataset.py: error: {error}")  # the user's to mend; a traceback would hide the message
     sys.exit(status)
 
 

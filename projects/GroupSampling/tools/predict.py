@@ -26,12 +26,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from group_sampling.config import ConfigError
-from group_sampling.data.media import InputError, Item, find_items
+from group_sampling.data.media import Item, find_items
 from group_sampling.data.records import UnreadableImageError
 from group_sampling.data.video import VideoError, VideoReader, VideoWriter
 from group_sampling.detector import FaceDetector
 from group_sampling.env import ENGINES
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.evaluation import write_predictions
 from group_sampling.faces import Faces, as_image
 from group_sampling.files import atomic_file, write_atomically
@@ -40,7 +40,7 @@ FORMATS = ("images", "json", "csv", "coco", "wider")
 CROP_MARGIN = 0.2  # of the face's size, on every side
 STATE = "predict.jsonl"  # in the output folder: what is finished
 
-EXIT_UNREADABLE, EXIT_FAILED, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_UNREADABLE, EXIT_FAILED = 1, 2
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,6 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     parser.add_argument("--config-file", default="", metavar="FILE", help="for weights that do not carry their config")
     parser.add_argument("--fresh", action="store_true", help="start from the beginning instead of continuing")
+    add_debug_flag(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config; last")
     return parser.parse_args(argv)
 
@@ -80,7 +81,8 @@ class State:
                     entry = json.loads(line)
                 except ValueError:
                     continue  # the last line of a run that was killed
-                if entry["settings"] == settings:
+                keys = {"settings", "path", "name", "stamp"}
+                if isinstance(entry, dict) and keys <= entry.keys() and entry["settings"] == settings:
                     self.done[entry["path"]] = entry
         self._settings = settings
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ class Output:
         if "wider" in self.formats:
             *events, stem = name.split("/")
             image_id = "/".join(["_".join(events), stem] if events else [stem])
-            write_predictions(self.folder / "wider", image_id, faces.boxes, faces.scores)
+            write_predictions(self.folder / "wider", image_id, faces.boxes, faces.scores, is_stem=True)
         if self.crop_faces:
             height, width = image.shape[:2]
             for index, (x1, y1, x2, y2) in enumerate(faces.boxes.tolist(), start=1):
@@ -319,14 +321,8 @@ def predict(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with exit_on_error("predict.py", args, code=EXIT_FAILED, after_stop="the same command continues"):
         code = predict(args)
-    except (ConfigError, InputError, ModuleNotFoundError, ValueError, OSError) as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-        code = EXIT_FAILED
-    except KeyboardInterrupt:
-        print("predict.py: interrupted; the same command continues", file=sys.stderr)
-        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 

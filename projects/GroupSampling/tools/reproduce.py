@@ -7,8 +7,8 @@
 Each row is one config under configs/, trained by train_net.py into its own folder for each seed. A row that several
 tables share is trained once, a complete row is not repeated, and an interrupted one continues from its last checkpoint.
 "tiny" is the built-in faces sized for two CPU cores: the overrides of configs/quick/tiny.yaml, and the row's numbers of
-samples divided by 32 (RoIs by 8), since the images have 1/47 of the area of a 1,200 x 1,200 crop. "wider" changes
-nothing.
+samples divided by 8, except that of OHEM. "wider" changes nothing. Rows that are compared and draw the same samples,
+so that only noise can set them apart, are named before anything is trained.
 
 Writes report.md, report.json and images/*.png under OUTPUT/SCALE; rows that were not run are marked there.
 """
@@ -20,11 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.reproduction import Reproduction
-from group_sampling.experiments.reproduction_report import write_report
+from group_sampling.experiments.reproduction_report import same_samples, warn_of, write_report
 
 PROJECT = Path(__file__).resolve().parents[1]
 REPOSITORY = PROJECT.parents[1]
@@ -43,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "output/reproduce")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is complete")
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every config")
     args = parser.parse_args(argv)
     if not args.table and not args.figure:
@@ -55,8 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def reproduce(args: argparse.Namespace) -> None:
     reproduction = Reproduction(
         args.table,
         args.figure,
@@ -74,16 +73,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors: list[str] = []
     try:
         if not args.report_only:
+            for pair in same_samples(reproduction) or ():
+                print(f"warning: {pair['experiment']}: {warn_of(pair)}", file=sys.stderr)
             errors = reproduction.train()
     finally:  # the report of an interrupted run marks what was not run
         report = write_report(reproduction)
         print(f"report after {math.ceil((time.monotonic() - start) / 60)} min: {report}")
     if errors:
-        sys.exit(f"{len(errors)} trainings failed; the same command repeats them")
+        raise UserError(f"{len(errors)} trainings failed; the same command repeats them")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error("reproduce.py", args):
+        reproduce(args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, MissingDatasetError) as error:  # a user error; a traceback would hide the message
-        sys.exit(f"reproduce.py: {error}")
+    main()

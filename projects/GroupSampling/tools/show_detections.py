@@ -10,7 +10,6 @@ pictures without annotations see predict.py.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from fvcore.common.config import CfgNode
 from torchvision.ops import box_iou
 
 from group_sampling.config import ConfigError
-from group_sampling.data.catalog import MissingDatasetError
 from group_sampling.data.images import read_image
-from group_sampling.data.records import AnnotationError, ImageRecord, UnreadableImageError
+from group_sampling.data.records import ImageRecord
 from group_sampling.detector import FaceDetector
 from group_sampling.engines.build import load_records
 from group_sampling.env import ENGINES
+from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.experiments.plots import FACE_COLOR, FOUND_COLOR, plot_detections
 
 
@@ -39,6 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flip", action="store_true", help="the pyramid has the mirror image of every level, too")
     parser.add_argument("--score-threshold", type=float, default=0.5, help="draw detections of this score or more")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    add_debug_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_args(argv)
 
@@ -96,10 +96,8 @@ def show(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with exit_on_error("show_detections.py", args):
         show(args)
-    except (ConfigError, MissingDatasetError, AnnotationError, UnreadableImageError, ValueError, OSError) as error:
-        sys.exit(f"show_detections.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..config import SYNTHETIC_DEFAULTS
+from ..errors import UserError
 from . import coco, fddb, synthetic, wider_face
 from .records import DataReport, ImageRecord
 from .synthetic_scene import Settings
@@ -24,7 +26,7 @@ _FDDB_URL = "http://vis-www.cs.umass.edu/fddb/"
 _SYNTHETIC_OVERRIDE = """DATASETS.TRAIN '("synthetic_faces_train",)' DATASETS.TEST '("synthetic_faces_val",)'"""
 
 
-class MissingDatasetError(FileNotFoundError):
+class MissingDatasetError(UserError, FileNotFoundError):
     """Files of a data set are missing. The message says which, where to get them, and what to use instead."""
 
 
@@ -35,6 +37,7 @@ class Source(ABC):
         name: in the catalog.
         protocol: how detections on it are evaluated, "wider_face", "coco" or "fddb".
         paths: its files and folders, annotations first; none for procedural images.
+        apply_exif: boxes are of the upright pictures; else of the pixels as they are stored.
     """
 
     protocol = "wider_face"
@@ -42,6 +45,7 @@ class Source(ABC):
     def __init__(self, name: str, *paths: str) -> None:
         self.name = name
         self.paths = paths
+        self.apply_exif = True
 
     @property
     def missing_paths(self) -> tuple[str, ...]:
@@ -86,8 +90,12 @@ class Source(ABC):
     def _parsed(self) -> "_Parsed":
         self.require()
         report = DataReport()
-        parsed = _Parsed(*self._read(report), report)
-        log = logger.warning if report.num_dropped or not parsed.records else logger.info
+        records, categories = self._read(report)
+        if not self.apply_exif:
+            records = [replace(record, is_raw=True) for record in records]
+        parsed = _Parsed(records, categories, report)
+        is_odd = report.num_dropped or report.hints() or not parsed.records
+        log = logger.warning if is_odd else logger.info
         log("data set %s: %s", self.name, report.summary())
         return parsed
 
@@ -154,6 +162,7 @@ class Catalog:
             - ``WIDER_FORMAT``: list of [name, annotation_txt (or .txt.gz), image_root] and optionally a fourth entry,
               a file with one relative image path per line: only these images belong to the set then. This file is
               relative to the working directory, as it belongs to the configuration;
+            - ``APPLY_EXIF``: see :class:`Source`;
             - ``SYNTHETIC``: a mapping, see :class:`~group_sampling.data.synthetic_scene.Settings`.
         root: folder of relative paths; None: ``$DETECTRON2_DATASETS``, else ``./datasets``.
 
@@ -169,6 +178,8 @@ class Catalog:
         self._sources: dict[str, Source] = {}
         self._add_builtin(Settings.from_mapping({**SYNTHETIC_DEFAULTS, **config.get("SYNTHETIC", {})}))
         self._add_declared(config)
+        for source in self._sources.values():
+            source.apply_exif = bool(config.get("APPLY_EXIF", True))
 
     @property
     def names(self) -> tuple[str, ...]:

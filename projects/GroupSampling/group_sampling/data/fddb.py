@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import safe_relative_path
+from ..files import open_regular, plain_bytes, safe_relative_path
 from .images import read_size
 from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable_boxes
 
@@ -32,6 +32,7 @@ MAX_COORDINATE = 1e6
 MAX_IMAGE_SIDE = 1 << 14
 
 _ELLIPSE_ROW = "semi-major semi-minor angle center-x center-y 1"
+COUNT = re.compile(rb"\s*\d{1,9}(\.0*)?\s*")  # of rows; some tools write it as a float
 _FOLD_FILE = re.compile(r"FDDB-fold-(\d\d)-ellipseList\.txt")
 # About a million rows; FDDB's largest file has 36 kB.
 _MAX_FILE_BYTES = 64 << 20
@@ -146,21 +147,22 @@ def read_blocks(path: Path, columns: str) -> Iterator[Block]:
     Raises:
         ValueError: names file and line, what was expected and what was found.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     if len(content) > _MAX_FILE_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_FILE_BYTES >> 20} MiB, got more")
-    lines = content.rstrip().split(b"\n") if content.strip() else []
+    content = plain_bytes(content)
+    lines = content.split(b"\n") if content else []
     at = 0
     while at < len(lines):
         place = f"{path}:{at + 1}"
         name = lines[at].decode("utf-8", "replace").strip()
         if not name or len(name.split()) != 1:
             raise ValueError(f"{place}: expected the name of an image, got {_quote(lines[at])}")
-        if at + 1 == len(lines) or not re.fullmatch(rb"\s*\d{1,9}\s*", lines[at + 1]):
+        if at + 1 == len(lines) or not COUNT.fullmatch(lines[at + 1]):
             found = _quote(lines[at + 1]) if at + 1 < len(lines) else "the end of the file"
             raise ValueError(f"{path}:{at + 2}: expected a number of rows, got {found}")
-        begin, end = at + 2, at + 2 + int(lines[at + 1])
+        begin, end = at + 2, at + 2 + int(float(lines[at + 1]))
         if end > len(lines):
             raise ValueError(
                 f"{path}:{at + 2}: expected as many rows as it says, {end - begin}, got the end of the file"
@@ -186,12 +188,13 @@ def check_rows(block: Block, bad: NDArray[np.bool_], expected: str) -> None:
 def _read_fold(file: Path) -> list[Block]:
     blocks = list(read_blocks(file, _ELLIPSE_ROW))
     for block in blocks:
-        bad = (block.rows[:, :2] <= 0).any(axis=1) | (np.abs(block.rows) > MAX_COORDINATE).any(axis=1)
+        bad = np.any(block.rows[:, :2] <= 0, axis=1) | np.any(np.abs(block.rows) > MAX_COORDINATE, axis=1)
         check_rows(block, bad, f"axes above 0 and numbers up to {MAX_COORDINATE:g}")
     image_list = file.with_name(file.name.replace("-ellipseList", ""))
     if not image_list.is_file():
         raise FileNotFoundError(f"{image_list}: no such file; it lists the images of {file.name}")
-    names = image_list.read_bytes().decode("utf-8", "replace").split()
+    with open_regular(image_list) as stream:
+        names = plain_bytes(stream.read()).decode("utf-8", "replace").split()
     for number in range(max(len(names), len(blocks))):
         expected = repr(blocks[number].image_id) if number < len(blocks) else "no further image"
         found = repr(names[number])[:80] if number < len(names) else "the end of the file"

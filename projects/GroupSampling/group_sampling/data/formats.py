@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ..files import decode_text, open_regular
 from .images import read_size
 from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable_boxes
-from .wider_face import IMAGE_SUFFIXES
+from .wider_face import IMAGE_SUFFIXES, retinaface_blocks
 
 _YOLO_DECIMALS = 1e-6  # share of a side: the rounding of the six decimals that YOLO tools write
 _NO_LABELS = ("classes.txt", "labels.txt", "README.txt", "README.roboflow.txt", "README.dataset.txt")
@@ -52,7 +53,8 @@ def read_yolo(
     if not folder.is_dir():
         raise AnnotationError(f"{folder}: expected the folder of the YOLO label files, got no such folder")
     waiting = {file for file in folder.rglob("*.txt") if file.name not in _NO_LABELS}
-    records, taken = [], {}
+    records = []
+    taken: dict[Path, str] = {}
     for path in _find_images(images):
         file = folder / Path(path).with_suffix(".txt")
         if taken.setdefault(file, path) != path:
@@ -83,6 +85,7 @@ def read_yolo_names(file: PathLike) -> dict[int, str]:
         OSError: it cannot be opened.
     """
     text = _read_text(file)
+    found: object
     if Path(file).suffix.lower() not in (".yaml", ".yml"):
         found = [line.strip() for line in text.splitlines() if line.strip()]
     else:
@@ -177,8 +180,7 @@ def read_retinaface(
 ) -> tuple[list[ImageRecord], dict[int, str]]:
     """Read RetinaFace's label.txt, or SCRFD's labelv2.txt.
 
-    A line "# path" opens an image; a line for each face follows, "x y width height" first. Where the line has the size
-    as well, "# path width height" (labelv2), the corners "x1 y1 x2 y2" come first. Landmarks are passed over.
+    :func:`~group_sampling.data.wider_face.retinaface_blocks` has the formats.
 
     Args:
         images: folder that the paths are relative to.
@@ -194,36 +196,21 @@ def read_retinaface(
     """
     report = report if report is not None else DataReport()
     root = ImageRoot(images)
-    entries: dict[str, tuple] = {}
-    for place, line in _lines(Path(file)):
-        if line.startswith("#"):
-            words = line[1:].split()
-            declared = None
-            if len(words) > 2 and words[-1].isdecimal() and words[-2].isdecimal():
-                *words, width, height = words
-                declared = int(height), int(width)
-            path = " ".join(words)
-            file_name = root.join(path, place)
-            if path in entries:
-                raise AnnotationError(f"{place}: expected each image once, got {path} again")
-            size = read_size(file_name)
-            if declared not in (None, size):
-                raise AnnotationError(
-                    f"{place}: expected the size of the upright image, {size[1]}x{size[0]}, got "
-                    f"{declared[1]}x{declared[0]}"
-                )
-            rows, places = [], []
-            entries[path] = file_name, size, rows, places
-            continue
-        if not entries:
-            raise AnnotationError(f'{place}: expected "# path of an image", got {line[:80]!r}')
-        x, y, *corner = _floats(place, line, "x y width height and landmarks", (4, 19, 20))[:4]
-        rows.append([x, y, *corner] if declared is None else [x, y, corner[0] - x, corner[1] - y])
-        places.append(place)
-    records = [
-        _record(file_name, path, size, rows, [0] * len(rows), [False] * len(rows), places, report)
-        for path, (file_name, size, rows, places) in entries.items()
-    ]
+    records: list[ImageRecord] = []
+    taken: set[str] = set()
+    for block in retinaface_blocks(_lines(Path(file))):
+        file_name = root.join(block.path, block.place)
+        if block.path in taken:
+            raise AnnotationError(f"{block.place}: expected each image once, got {block.path} again")
+        taken.add(block.path)
+        size = read_size(file_name)
+        if block.size not in (None, size):
+            raise AnnotationError(
+                f"{block.place}: expected the size of the upright image, {size[1]}x{size[0]}, got "
+                f"{block.size[1]}x{block.size[0]}"
+            )
+        classes, places = [0] * len(block.xywh), list(block.places)
+        records.append(_record(file_name, block.path, size, block.xywh, classes, block.invalid, places, report))
     return records, {1: "face"}
 
 
@@ -326,15 +313,15 @@ def _floats(place: str, line: str, expectation: str, counts: tuple[int, ...]) ->
 def _number(entry: ElementTree.Element, path: str, place: str) -> float:
     text = entry.findtext(path)
     try:
-        return float(text)
-    except (TypeError, ValueError):
+        return float(text or "")
+    except ValueError:
         raise AnnotationError(f"{place}: expected a number in <{path}>, got {text!r}") from None
 
 
 def _read_text(file: PathLike) -> str:
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         try:
-            return stream.read().decode("utf-8-sig")
+            return decode_text(stream.read())
         except UnicodeDecodeError as error:
             raise AnnotationError(f"{os.fspath(file)}: expected text, got: {error}") from error
 

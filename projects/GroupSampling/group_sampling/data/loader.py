@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from .. import distributed
+from ..errors import UserError
 from .images import read_image
-from .records import ImageRecord, UnreadableImageError
+from .records import ImageRecord, UnreadableImageError, fit_exchanged_sides
 from .transforms import TestTransform, TrainTransform
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,10 @@ class SkippedImage:
     reason: str
 
 
+class BadDataError(UserError, RuntimeError):
+    """More images cannot be read than ``DATALOADER.MAX_BAD_SHARE`` allows; the message lists them."""
+
+
 class Batch(list):
     """The examples of one training batch, a list.
 
@@ -45,6 +52,7 @@ class Batch(list):
         skipped: one entry for each draw that hit an unreadable image and took another one.
         outside: file -> number of its boxes that lie outside the image; they are dropped. (WIDER FACE's text format
             has no image sizes, so its parser cannot see them.)
+        exchanged: files whose boxes fit the image in its other orientation alone.
     """
 
     def __init__(
@@ -52,10 +60,12 @@ class Batch(list):
         examples: Sequence[Any] = (),
         skipped: Sequence[SkippedImage] = (),
         outside: Mapping[str, int] | None = None,
+        exchanged: Sequence[str] = (),
     ) -> None:
         super().__init__(examples)
         self.skipped = tuple(skipped)
         self.outside = dict(outside or {})
+        self.exchanged = tuple(exchanged)
 
 
 class TrainingStream(IterableDataset):
@@ -118,7 +128,10 @@ class TrainingStream(IterableDataset):
     def batch(self, index: int) -> Batch:
         """Make batch ``index`` of this rank."""
         first_draw = (index * self.world_size + self.rank) * self.images_per_batch
-        examples, skipped, outside = [], [], {}
+        examples: list[Any] = []
+        skipped: list[SkippedImage] = []
+        outside: dict[str, int] = {}
+        exchanged: list[Any] = []
         for draw in range(first_draw, first_draw + self.images_per_batch):
             record, image = self._read(draw, skipped)
             rng = np.random.default_rng([self.seed, _AUGMENTATION, draw])
@@ -127,18 +140,20 @@ class TrainingStream(IterableDataset):
             is_outside = (record.boxes[:, :2] >= (width, height)).any(1) | (record.boxes[:, 2:] <= 0).any(1)
             if is_outside.any():
                 outside[record.file_name] = int(is_outside.sum())
+            if fit_exchanged_sides(record.boxes, height, width):
+                exchanged.append(record.file_name)
             record = replace(record, height=height, width=width)
             examples.append(
                 self.to_example(sample.image, sample.boxes, sample.classes, sample.ignore_boxes, record, draw)
             )
-        return Batch(examples, skipped, outside)
+        return Batch(examples, skipped, outside, exchanged)
 
     def _read(self, draw: int, skipped: list[SkippedImage]) -> tuple[ImageRecord, np.ndarray]:
         """Read the image of ``draw``, or the first readable one of its replacements."""
         epoch, position = divmod(draw, len(self.records))
         index = _epoch_order(self.seed, epoch, len(self.records))[position]
         replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])
-        errors = []
+        errors: list[SkippedImage] = []
         while len(errors) < _MAX_ATTEMPTS:
             record = self.records[index]
             try:
@@ -149,23 +164,26 @@ class TrainingStream(IterableDataset):
             else:
                 skipped.extend(errors)
                 return record, image
-        raise RuntimeError(
+        raise BadDataError(
             f"draw {draw}: {_MAX_ATTEMPTS} images in a row cannot be read. Expected readable images, got:\n"
-            + _list_files({error.file: error.reason for error in errors})
+            + list_files({error.file: error.reason for error in errors})
         )
 
 
 class TrainLoader(DataLoader):
     """DataLoader over a :class:`TrainingStream`; yields :class:`Batch` objects, and keeps count of unreadable images.
 
-    Each unreadable file is warned about once. A RuntimeError that lists the files ends the iteration when they are
-    more than a share ``max_bad_share`` of the draws, beyond what chance explains.
+    Each unreadable file is warned about once. A :class:`BadDataError` that lists the files ends the iteration when they
+    are more than a share ``max_bad_share`` of the draws, beyond what chance explains.
 
     Attributes:
         skipped_files: file -> reason, of all images that could not be read so far.
         outside_boxes: file -> number of boxes outside the image, of all images drawn so far.
+        exchanged_files: images so far whose boxes fit their other orientation alone.
         num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
     """
+
+    dataset: TrainingStream
 
     def __init__(self, stream: TrainingStream, num_workers: int, pin_memory: bool = False) -> None:
         super().__init__(
@@ -175,13 +193,16 @@ class TrainLoader(DataLoader):
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=_own_generator(),
+            worker_init_fn=_outlive_signals,
         )
         self.skipped_files: dict[str, str] = {}
         self.outside_boxes: dict[str, int] = {}
+        self.exchanged_files: set[str] = set()
         self.num_draws = 0
         self.num_skipped = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    # torch's stub promises its own class of iterators.
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             self.num_draws += len(batch) + len(batch.skipped)
             self.num_skipped += len(batch.skipped)
@@ -193,30 +214,48 @@ class TrainLoader(DataLoader):
                 if file not in self.outside_boxes:
                     self.outside_boxes[file] = count
                     logger.warning("dropping %d boxes that lie outside the image: %s", count, file)
+            if batch.exchanged and not self.exchanged_files:
+                logger.warning(
+                    "the boxes of %s fit it with its sides exchanged: if they were made for the other orientation, "
+                    "before or after EXIF turned it, change DATASETS.APPLY_EXIF",
+                    batch.exchanged[0],
+                )
+            self.exchanged_files.update(batch.exchanged)
             self._check_share()
             yield batch
 
     def summary(self) -> str:
-        """What had to be left out so far; empty when nothing was."""
-        parts = []
-        if self.skipped_files:
-            parts.append(
-                f"{self.num_skipped} of {self.num_draws} draws hit one of {len(self.skipped_files)} unreadable images"
-            )
-        if self.outside_boxes:
-            parts.append(
-                f"{len(self.outside_boxes)} images had {sum(self.outside_boxes.values())} boxes outside of them"
-            )
-        return "; ".join(parts)
+        """What all processes had to leave out so far, with the files; empty when nothing was.
+
+        All processes have to call it together; it is of all of them on the main one, and empty elsewhere.
+        """
+        parts = distributed.gather(
+            (self.num_draws, self.num_skipped, self.skipped_files, self.outside_boxes, self.exchanged_files)
+        )
+        if not parts:
+            return ""
+        draws, skipped, files, outside, exchanged = zip(*parts)
+        unreadable = {file: reason for share in files for file, reason in share.items()}
+        outside_boxes = {file: count for share in outside for file, count in share.items()}
+        lines = []
+        if unreadable:
+            hits = f"{sum(skipped)} of {sum(draws)} draws hit one of {len(unreadable)} unreadable images"
+            lines.append(f"{hits}, which were replaced:\n{list_files(unreadable)}")
+        if outside_boxes:
+            lines.append(f"{len(outside_boxes)} images had {sum(outside_boxes.values())} boxes outside of them")
+        num_exchanged = len(set().union(*exchanged))
+        if num_exchanged:
+            lines.append(f"{num_exchanged} images have boxes that fit their other orientation alone")
+        return "\n".join(lines)
 
     def _check_share(self) -> None:
         share = self.dataset.max_bad_share
         expected = share * self.num_draws
         # Three standard deviations, or a set just under the share would be stopped by an unlucky order.
         if self.num_skipped >= _MIN_BAD_DRAWS and self.num_skipped > expected + 3 * math.sqrt(expected):
-            raise RuntimeError(
+            raise BadDataError(
                 f"{self.num_skipped} of {self.num_draws} images drawn cannot be read; expected a share of at most "
-                f"{share:g}. Got:\n{_list_files(self.skipped_files)}"
+                f"{share:g}. Got:\n{list_files(self.skipped_files)}"
             )
 
 
@@ -263,7 +302,7 @@ def build_test_loader(
     """Loader of an evaluation: yields the example of every record, in their order.
 
     ``to_example`` gets the boxes in pixels of the resized image, the record with those of the original one, and the
-    index of the record as its draw. An unreadable image raises UnreadableImageError.
+    index of the record as its draw. In the place of an unreadable image comes a :class:`SkippedImage`.
     """
     return DataLoader(
         _TestImages(records, transform, to_example),
@@ -272,6 +311,15 @@ def build_test_loader(
         num_workers=num_workers,
         generator=_own_generator(),
     )
+
+
+def _outlive_signals(worker_id: int) -> None:
+    """Signals to the whole process group must not end a worker before the main process has ended its training step.
+
+    The main process ends its workers in its own way; one that it cannot reach ends a minute after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def filter_empty(records: Sequence[ImageRecord]) -> list[ImageRecord]:
@@ -290,7 +338,10 @@ class _TestImages(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         record = self._records[index]
-        image = read_image(record)
+        try:
+            image = read_image(record)
+        except UnreadableImageError as error:
+            return SkippedImage(error.file, error.reason)
         sample = self._transform(image, record.boxes, record.ignore, record.classes)
         record = replace(record, height=image.shape[0], width=image.shape[1])
         return self._to_example(sample.image, sample.boxes, sample.classes, sample.ignore_boxes, record, index)
@@ -301,7 +352,8 @@ def _epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
     return np.random.default_rng([seed, _EPOCH, epoch]).permutation(num_records)
 
 
-def _list_files(reasons: dict[str, str]) -> str:
+def list_files(reasons: Mapping[str, str]) -> str:
+    """Lines of files and reasons, the first of them."""
     lines = [f"  {file}: {reason}" for file, reason in list(reasons.items())[:_NUM_LISTED_FILES]]
     if len(reasons) > _NUM_LISTED_FILES:
         lines.append(f"  ... and {len(reasons) - _NUM_LISTED_FILES} more")

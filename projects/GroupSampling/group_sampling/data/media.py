@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import UserError
 from .video import SUFFIXES as VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-class InputError(ValueError):
+class InputError(UserError, ValueError):
     """What --input names cannot be used."""
 
 
@@ -65,10 +66,10 @@ def find_items(inputs: Sequence[str], output: Path) -> list[Item]:
             raise InputError(f"--input {value}: expected a file, folder, pattern or index of a camera, got nothing")
         for file, folder in pairs:
             found.setdefault(str(file.resolve()), (str(file), folder))
-    relative = [(path, Path(path).relative_to(folder)) for path, folder in found.values()]
+    relative = [(file, Path(file).relative_to(folder)) for file, folder in found.values()]
     stems = Counter(str(name.with_suffix("")) for _, name in relative)
     taken: set[str] = set()
-    for path, name in relative:
+    for file_name, name in relative:
         stem = name.with_suffix("")
         if stems[str(stem)] > 1:  # photo.jpg and photo.png
             stem = stem.with_name(f"{stem.name}_{name.suffix[1:]}")
@@ -77,7 +78,7 @@ def find_items(inputs: Sequence[str], output: Path) -> list[Item]:
             count += 1
             unique = f"{stem.as_posix()}_{count}"
         taken.add(unique)
-        items.append(Item(path, unique))
+        items.append(Item(file_name, unique))
     return items
 
 

@@ -5,21 +5,25 @@ Boxes are XYXY in absolute pixels of the upright image, width = x2 - x1, float32
 """
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ..errors import UserError
 from ..files import safe_relative_path
 
 
-class AnnotationError(ValueError):
+class AnnotationError(UserError, ValueError):
     """An annotation file does not follow its format. The message names the file and the line or id."""
 
 
-class UnreadableImageError(RuntimeError):
+class UnreadableImageError(UserError, RuntimeError):
     """An image cannot be used; ``file`` and ``reason`` say which and why."""
 
     def __init__(self, file: str, reason: str = "") -> None:
@@ -40,6 +44,7 @@ class ImageRecord:
         boxes: (m, 4) float32 XYXY.
         classes: (m,) int64, index into ``class_names``.
         ignore: (m,) bool, True for regions that are neither face nor background (WIDER "invalid", COCO "iscrowd").
+        is_raw: the boxes are of the pixels as they are stored, before the EXIF orientation; the image is read so.
         annotation: the annotation in full, for a protocol that evaluates more than the boxes:
             :class:`~group_sampling.data.coco.CocoObjects`, :class:`~group_sampling.data.fddb.FDDBImage`, or None.
     """
@@ -52,6 +57,7 @@ class ImageRecord:
     classes: np.ndarray
     ignore: np.ndarray
     annotation: Any = None
+    is_raw: bool = False
 
 
 ZERO_AREA = "zero area"
@@ -61,6 +67,8 @@ OUTSIDE = "outside the image"
 CLIPPED = "clipped to the image"
 _DROPPED = (ZERO_AREA, INVERTED, NON_FINITE, OUTSIDE)
 _NUM_EXAMPLES = 3
+_MIN_BOXES = 5  # of which most can be meant
+_TINY = 2.0  # pixels
 
 
 @dataclass
@@ -70,14 +78,16 @@ class DataReport:
     Attributes:
         num_images, num_boxes: read from the annotations; ``num_boxes`` includes the dropped ones.
         num_ignore: boxes kept as ignore regions.
+        num_tiny: boxes under two pixels in both directions.
         counts: number of boxes for each of ``ZERO_AREA``, ``INVERTED``, ``NON_FINITE``, ``OUTSIDE`` (dropped) and
-            ``CLIPPED`` (kept).
+            ``CLIPPED`` (kept); under another kind, how often the file was not as its format has it, and understood.
         examples: the first places of each kind, as "file:line" or "file: annotation id".
     """
 
     num_images: int = 0
     num_boxes: int = 0
     num_ignore: int = 0
+    num_tiny: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -86,7 +96,7 @@ class DataReport:
         return sum(self.counts[kind] for kind in _DROPPED)
 
     def note(self, kind: str, place: str) -> None:
-        """Count one box of ``kind`` found at ``place``."""
+        """Count one finding of ``kind`` at ``place``."""
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < _NUM_EXAMPLES:
@@ -99,18 +109,37 @@ class DataReport:
             f"{self.num_dropped:,} dropped, {self.counts[CLIPPED]:,} clipped"
         ]
         for kind, places in self.examples.items():
-            verb = "kept" if kind == CLIPPED else "dropped"
+            verb = "kept" if kind == CLIPPED else "dropped" if kind in _DROPPED else "understood"
             more = ", ..." if self.counts[kind] > len(places) else ""
             lines.append(f"  {verb}, {kind}: {self.counts[kind]:,} ({', '.join(places)}{more})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {hint}" for hint in self.hints())])
+
+    def hints(self) -> list[str]:
+        """What most of the boxes suggest that the file means, if it is not pixels."""
+        if self.num_boxes < _MIN_BOXES:
+            return []
+        found = []
+        if self.num_tiny > self.num_boxes / 2:
+            found.append(
+                f"most boxes ({self.num_tiny:,} of {self.num_boxes:,}) are under two pixels: are they shares of the "
+                "image's sides? Expected are pixels"
+            )
+        beyond = self.counts[OUTSIDE] + self.counts[CLIPPED]
+        if beyond > self.num_boxes / 2:
+            found.append(
+                f"most boxes ({beyond:,} of {self.num_boxes:,}) reach out of their image: are they x1 y1 x2 y2, or of "
+                "another size of the images? Expected are x y width height"
+            )
+        return found
 
 
 def usable_boxes(
-    xywh: Sequence[Sequence[float]], size: tuple[int, int] | None, places: Sequence[str], report: DataReport
+    xywh: ArrayLike, size: tuple[int, int] | None, places: Sequence[str], report: DataReport
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn the annotated (x, y, width, height) of one image into the XYXY boxes that a face can be learned from.
 
     Args:
+        xywh: (m, 4).
         size: (height, width) of the image. With it, boxes are clipped to the image, and dropped when nothing is left.
         places: where each box was found, for the report.
 
@@ -123,7 +152,7 @@ def usable_boxes(
         corners[:, 2:] += corners[:, :2]
         # Judged in float32, since that is what the record holds: 1e39 becomes inf there, and 1e9 + 1 becomes 1e9.
         boxes = corners.astype(np.float32)
-    clipped = boxes if size is None else boxes.clip(0, np.float32([size[1], size[0], size[1], size[0]]))
+    clipped = boxes if size is None else boxes.clip(0, np.array([size[1], size[0]] * 2, dtype=np.float32))
     findings = (  # the first that holds is the one reported
         (NON_FINITE, ~np.isfinite(boxes).all(axis=1)),
         (INVERTED, inverted),
@@ -132,14 +161,32 @@ def usable_boxes(
         (CLIPPED, (clipped != boxes).any(axis=1)),
     )
     report.num_boxes += len(boxes)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    report.num_tiny += int(((sides > 0) & (sides < _TINY)).all(axis=1).sum())
     dropped = np.zeros(len(boxes), dtype=bool)
     for kind, found in findings:
-        for index in np.flatnonzero(found & ~dropped):
+        for index in np.flatnonzero(found & ~dropped).tolist():
             report.note(kind, places[index])
         if kind in _DROPPED:
             dropped |= found
     kept = np.flatnonzero(~dropped)
     return clipped[kept], kept
+
+
+def fit_exchanged_sides(boxes: np.ndarray, height: int, width: int) -> bool:
+    """Whether (m, 4) XYXY boxes reach out of an image and fit into it once its sides are exchanged.
+
+    They are then likely of the picture in its other orientation, before or after EXIF turned it.
+    """
+    if not len(boxes) or height == width:
+        return False
+    right, bottom = boxes[:, 2].max() - 1, boxes[:, 3].max() - 1  # a pixel of tolerance
+    return bool((right > width or bottom > height) and right <= height and bottom <= width)
+
+
+def clean_path(path: str) -> str:
+    """A path as this system writes it: "/" for "\\", and no ".." that comes back."""
+    return posixpath.normpath(path.replace("\\", "/")) if path else path
 
 
 class ImageRoot:
@@ -150,15 +197,32 @@ class ImageRoot:
         self._real_root = os.path.realpath(self._root)
         self._checked_folders: set[str] = set()
 
-    def join(self, path: str, place: str) -> str:
-        """Return ``root/path``.
+    def relative(self, path: str, place: str) -> PurePosixPath:
+        """``path`` as it is below the root; it may have "\\" for "/", and ".." that come back into the root.
 
         Raises:
-            AnnotationError: ``path`` is empty, absolute, has a ".." part or a NUL, or a link on it leaves the root.
+            AnnotationError: ``path`` is empty, absolute or leaves the root, or has a NUL.
         """
-        relative = safe_relative_path(path)
-        if relative is None or not relative.parts:
-            raise AnnotationError(f"{place}: expected an image path below the image folder, got {path!r}")
+        windows = PureWindowsPath(path)
+        if not path or "\0" in path:
+            problem = "it is empty" if not path else "it has a NUL character"
+        elif os.path.isabs(path) or windows.drive or windows.root:
+            problem = "it is absolute; expected it relative to the image folder"
+        else:
+            root = os.path.abspath(self._root)
+            inside = safe_relative_path(os.path.relpath(os.path.join(root, clean_path(path)), root))
+            if inside is not None and inside.parts:
+                return inside
+            problem = f"it leaves {self._root}"
+        raise AnnotationError(f"{place}: expected an image path below the image folder, got {path!r}: {problem}")
+
+    def join(self, path: str, place: str) -> str:
+        """Return the path of the file that ``path`` is below the root.
+
+        Raises:
+            AnnotationError: as :meth:`relative`, or a link on it leaves the root.
+        """
+        relative = self.relative(path, place)
         full = os.path.join(self._root, *relative.parts)
         # A folder is resolved once, a file only if it is a link: a system call per path instead of one per part.
         folder = os.path.dirname(full)

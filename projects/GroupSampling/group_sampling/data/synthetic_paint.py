@@ -26,11 +26,13 @@ def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def _background(height: int, width: int, rng: np.random.Generator) -> Image.Image:
     small = max(8, width // _BACKGROUND_REDUCTION), max(8, height // _BACKGROUND_REDUCTION)
     # Gray noise, each octave with half the frequency of the one before and about twice its weight ...
-    noise = None
-    for cells in (96, 48, 24, 12, 6, 3):
-        grid = Image.fromarray(rng.integers(0, 256, size=(cells, cells + 1), dtype=np.uint8))
-        octave = grid.resize(small, Image.Resampling.BILINEAR)
-        noise = octave if noise is None else Image.blend(noise, octave, 0.45)
+    octaves = [
+        Image.fromarray(rng.integers(0, 256, size=(cells, cells + 1), dtype=np.uint8)).resize(
+            small, Image.Resampling.BILINEAR
+        )
+        for cells in (96, 48, 24, 12, 6, 3)
+    ]
+    noise = functools.reduce(lambda finer, octave: Image.blend(finer, octave, 0.45), octaves)
     # ... turned into the colors between two, under a wash of others.
     first, second = rng.uniform(20, 235, size=(2, 1, 1)) + rng.normal(0, 28, size=(2, 3, 1))
     curves = (first + (second - first) * np.linspace(-0.2, 1.2, 256)).clip(0, 255).astype(np.uint8).tolist()

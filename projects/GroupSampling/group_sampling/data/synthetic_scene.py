@@ -95,5 +95,5 @@ class Scene:
     def boxes(self) -> np.ndarray:
         """(m, 4) float32 XYXY: the bounding boxes of the faces' heads, clipped to the image."""
         boxes = [figure.head.bounding_box() for figure in self.figures if figure.kind == "face"]
-        limits = [self.width, self.height] * 2
-        return np.asarray(boxes, dtype=np.float32).reshape(-1, 4).clip(0, np.float32(limits))
+        limits = np.array([self.width, self.height] * 2, dtype=np.float32)
+        return np.asarray(boxes, dtype=np.float32).reshape(-1, 4).clip(0, limits)

@@ -9,13 +9,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..errors import UserError
+
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts")
 
 _CAMERAS = {"Linux": ("/dev/video{}", "v4l2"), "Darwin": ("{}", "avfoundation")}
 _MAX_LOST = 0.02  # share of the announced frames; containers announce a few that are not shown
 
 
-class VideoError(RuntimeError):
+class VideoError(UserError, RuntimeError):
     """A video or camera cannot be read or written; the message says which and why."""
 
 

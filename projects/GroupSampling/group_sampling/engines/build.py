@@ -5,16 +5,19 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from .. import distributed
 from ..anchors import AnchorGrid
 from ..checkpoint import Description, saved_config
-from ..config import ConfigError, check_common_values, check_values, dump_config
-from ..criterion import AnchorCriterion
+from ..config import ConfigError, check_values, dump_config
+from ..config_checks import check_common_values
+from ..criterion import BOX_LOSS_MEANS, AnchorCriterion
 from ..data.catalog import Catalog, Source
 from ..data.loader import ToExample, TrainLoader, build_train_loader, filter_empty
 from ..data.records import ImageRecord
@@ -23,7 +26,7 @@ from ..detections import Detections
 from ..losses import BOX_LOSSES
 from ..pyramid import ImagePyramid
 from ..roi_sampling import build_proposal_sampler
-from ..samplers import build_anchor_sampler
+from ..samplers import FILLS, LOSS_MEANS, build_anchor_sampler
 
 # Values of MODEL.ROI_HEADS.NAME: the heads that return the proposals of a single-stage detector as its detections, and
 # those of Grouped Fast R-CNN (Table 5).
@@ -93,6 +96,18 @@ def config_to_evaluate(args: argparse.Namespace) -> str:
     return saved_config(args.config_file, weights, needed_by="MODEL.WEIGHTS")
 
 
+def check_start(cfg: CfgNode, start_iter: int) -> None:
+    """
+    Raises:
+        ConfigError: the checkpoint to continue from is of a longer training.
+    """
+    if start_iter > cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"--resume: the checkpoint is of iteration {start_iter - 1}, expected one below SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}"
+        )
+
+
 def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
     """Replace ``SEED`` -1 by a number that all processes agree on, in place.
 
@@ -100,14 +115,38 @@ def resolve_seed(cfg: CfgNode, *, keep: bool) -> None:
 
     Args:
         keep: use the seed of the run in ``OUTPUT_DIR``, if there is one.
+
+    Raises:
+        ConfigError: what that run left does not say it.
     """
     if cfg.SEED >= 0:
         return
     previous = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if keep and os.path.isfile(previous):
-        cfg.SEED = cfg.load_yaml_with_base(previous)["SEED"]
+        seed = read_run_config(previous).get("SEED")
+        if type(seed) is not int or seed < 0:
+            raise ConfigError(f"{previous}: expected the SEED of the run that is there, got {seed!r}")
+        cfg.SEED = seed
     else:
         cfg.SEED = distributed.broadcast(secrets.randbelow(2**31))
+
+
+def read_run_config(file: str) -> dict[str, Any]:
+    """The ``config.yaml`` that a run has left in its folder.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        with open(file, "rb") as stream:
+            content = yaml.safe_load(stream)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file}: expected the config of a run, got no YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected the config of a run, got {content!r:.80}")
+    return content
 
 
 @dataclass(frozen=True)
@@ -216,8 +255,14 @@ def build_criterion(cfg: CfgNode) -> AnchorCriterion:
     """
     rpn = cfg.MODEL.RPN
     check_values(cfg, {"MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES}, "these are the losses of the paper")
+    readings = {"FILL": FILLS, "LOSS_MEAN": LOSS_MEANS, "BBOX_REG_LOSS_MEAN": BOX_LOSS_MEANS}
+    readings = {f"MODEL.GROUP_SAMPLING.{key}": values for key, values in readings.items()}
+    check_values(cfg, readings, "docs/deviations.md tells them apart")
     return AnchorCriterion(
-        build_anchor_sampler(cfg), box_loss_type=rpn.BBOX_REG_LOSS_TYPE, smooth_l1_beta=rpn.SMOOTH_L1_BETA
+        build_anchor_sampler(cfg),
+        box_loss_type=rpn.BBOX_REG_LOSS_TYPE,
+        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+        box_loss_mean=cfg.MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN,
     )
 
 

@@ -1,27 +1,36 @@
 """Runs the work of an engine in one process, in several of this machine, or under ``torchrun``."""
 
 import argparse
+import json
+import logging
 import os
 import signal
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from .. import stop
 from ..config import ConfigError
+from ..errors import UserError, describe, is_expected
+from .output import own_output
 
 # Called as work(cfg, args, device), where ``device`` is that of the process. A function of a module, since other
 # processes import it by name.
 Work = Callable[[CfgNode, argparse.Namespace, torch.device], Any]
+
+_USER_ERROR = f"{UserError.__name__}: "  # how the report of a failed process begins
 
 
 def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
@@ -36,16 +45,25 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
         What ``work`` returned in the first process of this machine.
 
     Raises:
-        ConfigError: the number of processes is not usable here.
-        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed; the others were ended.
+        SystemExit: SIGTERM (code 143) or SIGINT (130); all processes have ended, a training with a checkpoint.
+        ConfigError: the number of processes is not usable here, or ``OUTPUT_DIR`` is not.
+        UserError: a process failed for a reason that the user can mend; the others were ended.
+        RuntimeError: a process failed for another reason.
     """
+    is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
+    with own_output(cfg.OUTPUT_DIR) if is_first else nullcontext():
+        return _launch(work, cfg, args)
+
+
+def _launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     device = torch.device(cfg.MODEL.DEVICE)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if args.num_gpus > 1:
             raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, omit the flag")
         return _work_in_group(work, cfg, args)
     if args.num_gpus * args.num_machines <= 1:
-        return work(cfg, args, device)
+        with stop.handler.installed():
+            return work(cfg, args, device)
     if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
     if args.num_machines > 1 and not args.dist_url.startswith("tcp://"):
@@ -66,7 +84,10 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
         names = config.signals_to_handle.split(",") if is_main_thread else ()
         handlers = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
         try:
-            results = elastic_launch(config, _work_in_group)(work, cfg, args)
+            with _quiet_agent():
+                results = elastic_launch(config, _work_in_group)(work, cfg, args)
+        except ChildFailedError as error:
+            raise _explain(error, folder) from error
         except SignalException as error:  # the agent has ended the processes
             sys.exit(128 + error.sigval)
         finally:
@@ -93,6 +114,41 @@ def _rendezvous(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Keep the agent from logging the traceback of a failed process: ChildFailedError has it."""
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+
+    def has_no_traceback(entry: logging.LogRecord) -> bool:
+        return not entry.exc_info
+
+    log.addFilter(has_no_traceback)
+    try:
+        yield
+    finally:
+        log.removeFilter(has_no_traceback)
+
+
+def _explain(error: ChildFailedError, folder: str) -> UserError | RuntimeError:
+    """What went wrong, from the files below ``folder`` in which failed processes report it.
+
+    All are looked at: the process that the agent names may only have lost the connection to the one at fault.
+    """
+    for file in sorted(Path(folder).rglob("error.json")):
+        try:
+            text = json.loads(file.read_text())["message"]["message"]
+        except (ValueError, KeyError, TypeError):  # the process was ended while it wrote
+            continue
+        if text.startswith(_USER_ERROR):
+            return UserError(text.removeprefix(_USER_ERROR))
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        hint = "; the system does that when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+        return UserError(f"the process of rank {rank} was ended: {failure.message}{hint}")
+    text = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    return RuntimeError(f"rank {rank}: {text}")
+
+
 @record
 def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     """What each process of several does."""
@@ -102,6 +158,16 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
         torch.cuda.set_device(device)
     # gloo exchanges the Python objects, also where NCCL exchanges the gradients.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    result = work(cfg, args, device)
+    try:
+        with stop.handler.installed():
+            result = work(cfg, args, device)
+    except stop.Stopped as stopped:
+        if dist.get_rank() == 0:
+            print(f"train_net.py: {stopped}", file=sys.stderr, flush=True)
+        raise
+    except Exception as error:
+        if is_expected(error):
+            raise UserError(describe(error)) from error
+        raise
     dist.destroy_process_group()
     return result

@@ -1,15 +1,25 @@
 """What both engines do around a training step so that the host does not wait for a GPU in it."""
 
+import functools
+import logging
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from .. import stop
+from ..criterion import AnchorCriterion
 from ..distributed import world_size
+from ..monitor import HealthWatch
 from .build import LOG_PERIOD
+
+logger = logging.getLogger(__name__)
 
 
 def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
@@ -22,11 +32,78 @@ def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
     return done >= max_iter or any(period > 0 and done % period == 0 for period in (LOG_PERIOD, *periods))
 
 
+class GradientClipper:
+    """Clips gradients before each step of an optimizer, as ``SOLVER.CLIP_GRADIENTS`` says; no step waits for a GPU.
+
+    ``CLIP_TYPE`` "value" and "norm" are Detectron2's: of each element to [-CLIP_VALUE, CLIP_VALUE], and of each
+    parameter's gradient by itself to a norm of ``CLIP_VALUE``. "full_model" scales all gradients by one factor, so that
+    their norm together is at most ``CLIP_VALUE``; their direction stays. Gradients of a scaled loss have to be unscaled
+    before the step.
+
+    Attributes:
+        norm: Euclidean norm of all gradients together, before they were clipped in the last step: 0-dimensional, on the
+            device of the gradients. None before the first step.
+    """
+
+    def __init__(self, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        self._options = cfg.SOLVER.CLIP_GRADIENTS.clone()
+        self.norm: Tensor | None = None
+        optimizer.register_step_pre_hook(self._clip)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        parameters = [x for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        options, gradients = self._options, [x.grad for x in parameters]
+        self.norm = get_total_norm(gradients)
+        if not options.ENABLED:
+            return
+        if options.CLIP_TYPE == "full_model":
+            norm = self.norm if options.NORM_TYPE == 2 else get_total_norm(gradients, options.NORM_TYPE)
+            clip_grads_with_norm_(parameters, options.CLIP_VALUE, norm)
+        elif options.CLIP_TYPE == "norm":
+            for parameter in parameters:
+                clip_grad_norm_(parameter, options.CLIP_VALUE, options.NORM_TYPE)
+        else:
+            clip_grad_value_(parameters, options.CLIP_VALUE)
+
+
+class HealthLog:
+    """Writes a line on the health of the head whenever a training logs, and warns of one that is dying.
+
+    Args:
+        model: with an :class:`~group_sampling.criterion.AnchorCriterion`; of another one nothing is known.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        criteria = [module for module in model.modules() if isinstance(module, AnchorCriterion)]
+        self._monitor = criteria[0].monitor if criteria else None
+        # A scale that tells no faces by then does not learn them; a short training has had a quarter of its time.
+        self._watch = HealthWatch(max(200, min(cfg.SOLVER.MAX_ITER // 4, cfg.SOLVER.WARMUP_ITERS + 1000)))
+
+    def read(self, iteration: int, norms: Sequence[float]) -> dict[str, float]:
+        """Log the health since the last call; returns it as metrics "health/...". Waits for a GPU.
+
+        Args:
+            iteration: the last one.
+            norms: of the gradients of each iteration since the last call.
+        """
+        health = None if self._monitor is None else self._monitor.read()
+        if health is None:
+            return {}
+        peak = max(norms)
+        logger.info(f"iter: {iteration}  {health}  grad_norm: {statistics.median(norms):.3g}, at most {peak:.3g}")
+        for warning in self._watch.warnings(iteration, health):
+            logger.warning(
+                f"iteration {iteration}: {warning}. The loss may look fine all the same. What helps from scratch: "
+                "clipped gradients (SOLVER.CLIP_GRADIENTS), a lower SOLVER.BASE_LR, MODEL.FPN.NORM GN."
+            )
+        return {**health.metrics(), **({"health/grad_norm_max": peak} if math.isfinite(peak) else {})}
+
+
 class _Step(NamedTuple):
     iteration: int
     losses: dict[str, Tensor]
     files: list[str | None]
-    failed: Tensor  # (1,) on the CPU, valid once ``copied`` is over
+    status: Tensor  # (2,) on the CPU, valid once ``copied`` is over: failed, number of the signal to stop for
     copied: torch.cuda.Event | None
 
 
@@ -43,6 +120,7 @@ class FiniteLossGuard:
         self._is_late = bool(optimizer.defaults.get("fused"))
         self._failed: Tensor | None = None  # (1,) on the device of the loss: 1 where it is not finite
         self._last: _Step | None = None
+        self.stop_signal = 0
         if self._is_late:
             optimizer.register_step_pre_hook(self._skip)
             optimizer.register_load_state_dict_post_hook(_keep_implementation)
@@ -57,21 +135,22 @@ class FiniteLossGuard:
         Raises:
             FloatingPointError: a loss, of the previous step with a fused optimizer, is not finite in some process.
         """
-        failed = (~sum(losses.values()).detach().isfinite()).float().reshape(1)
+        failed = (~functools.reduce(torch.add, losses.values()).detach().isfinite()).float().reshape(1)
+        status = torch.cat([failed, failed.new_full((1,), stop.handler.pending)])
         if world_size() > 1:
-            dist.all_reduce(failed, dist.ReduceOp.MAX)
-        self._failed = failed
+            dist.all_reduce(status, dist.ReduceOp.MAX)
+        self._failed = status[:1]
         copied = None
-        on_host = failed.to("cpu", non_blocking=True)  # into pinned memory
-        if failed.device.type != "cpu":
+        on_host = status.to("cpu", non_blocking=True)  # into pinned memory
+        if status.device.type != "cpu":
             copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(failed.device))
+            copied.record(torch.cuda.current_stream(status.device))
         previous, detached = self._last, {name: loss.detach() for name, loss in losses.items()}
         self._last = _Step(iteration, detached, list(files), on_host, copied)
         if not self._is_late:
             self.check()
         elif previous is not None:
-            _raise_if_failed(previous)
+            self._read(previous)
 
     def check(self) -> None:
         """Wait for the last step that was watched: before weights are saved or used, no bad loss may be unseen.
@@ -80,29 +159,30 @@ class FiniteLossGuard:
             FloatingPointError: as :meth:`watch`, of the last step.
         """
         if self._last is not None:
-            _raise_if_failed(self._last)
+            self._read(self._last)
+
+    def _read(self, step: _Step) -> None:
+        if step.copied is not None:
+            step.copied.synchronize()
+        has_failed, self.stop_signal = map(int, step.status.tolist())
+        if not has_failed:
+            return
+        values = {name: loss.item() for name, loss in step.losses.items()}
+        where = "another process" if all(map(math.isfinite, values.values())) else "this process"
+        raise FloatingPointError(
+            f"iteration {step.iteration}: the loss of {where} is not finite. No weight was changed. The losses of this "
+            f"process are {values}, its images {step.files}"
+        )
 
     def _skip(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """Step hook: no update with a bad loss; a gradient scaler may have its own reason to skip it."""
         if self._failed is not None:
             found_inf = getattr(optimizer, "found_inf", None)
-            optimizer.found_inf = self._failed if found_inf is None else torch.maximum(self._failed, found_inf)
+            failed = self._failed if found_inf is None else torch.maximum(self._failed, found_inf)
+            optimizer.found_inf = failed  # type: ignore[attr-defined]  # fused optimizers read it; undeclared in torch
 
 
 def _keep_implementation(optimizer: torch.optim.Optimizer) -> None:
     """Load hook. A checkpoint says which implementation wrote it, and the guard relies on this run's."""
     for group in optimizer.param_groups:
         group.update({key: optimizer.defaults[key] for key in ("foreach", "fused")})
-
-
-def _raise_if_failed(step: _Step) -> None:
-    if step.copied is not None:
-        step.copied.synchronize()
-    if not step.failed.item():
-        return
-    values = {name: loss.item() for name, loss in step.losses.items()}
-    where = "another process" if all(map(math.isfinite, values.values())) else "this process"
-    raise FloatingPointError(
-        f"iteration {step.iteration}: the loss of {where} is not finite. No weight was changed. The losses of this "
-        f"process are {values}, its images {step.files}"
-    )

@@ -1,6 +1,6 @@
 """The protocols of WIDER FACE, FDDB and COCO, and their files of detections. Importing this package loads no torch."""
 
-from .coco import CocoAP, CocoResult
+from .coco import CocoAP, CocoResult, read_coco_detections
 from .fddb.files import read_fddb_predictions, write_fddb_predictions
 from .fddb.result import FDDBResult
 from .fddb.roc import FDDBRoc
@@ -15,6 +15,7 @@ __all__ = [
     "FDDBRoc",
     "WiderFaceAP",
     "WiderFaceResult",
+    "read_coco_detections",
     "read_fddb_predictions",
     "read_predictions",
     "write_fddb_predictions",

@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import io
+import json
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from ..data.coco import CocoObjects, read_annotations
 from ..data.records import ImageRecord
 from ..detections import Detections
-from ..files import write_json
+from ..errors import UserError
+from ..files import decode_text, open_regular, write_json
 from .results import Curve, check_new_image, none_if_nan, plot_pr_curves
+from .thresholds import ScoreCurve
 
 _INTEGER = re.compile(r"-?[0-9]+")
 # Label of a curve -> its IoU.
@@ -39,6 +42,7 @@ class CocoResult:
             precision is interpolated as COCO has it, and averaged over the classes.
         counts: ``images``, ``objects`` (crowds left out), ``crowds``, ``detections``.
         max_dets_per_image: number of highest-scoring detections per class and image that were evaluated.
+        by_score: all classes together, by score, at IoU 0.50.
     """
 
     stats: dict[str, float]
@@ -46,6 +50,11 @@ class CocoResult:
     curves: dict[str, Curve]
     counts: dict[str, int]
     max_dets_per_image: int
+    by_score: ScoreCurve
+
+    def reporting(self, scores: Sequence[float]) -> "CocoResult":
+        """The same, with the table of thresholds at these scores."""
+        return replace(self, by_score=self.by_score.reporting(scores))
 
     def metrics(self) -> dict[str, float]:
         """``stats`` in percent, and where there are several classes ``AP-<class>``."""
@@ -55,12 +64,12 @@ class CocoResult:
         return {name: 100 * value for name, value in values.items()}
 
     def table(self) -> str:
-        """Aligned text table of :meth:`metrics`, ``n/a`` where undefined."""
+        """Aligned text tables of :meth:`metrics` and of ``by_score``, ``n/a`` where undefined."""
         rows = self.metrics()
         width = max(map(len, rows))
         lines = [f"{name:<{width}}  {'n/a' if math.isnan(v) else f'{v:.2f}':>6}" for name, v in rows.items()]
         limit = f"at most {self.max_dets_per_image} detections per image and class"
-        return "\n".join([f"{'COCO':<{width}}     (%)  {limit}", *lines])
+        return "\n".join([f"{'COCO':<{width}}     (%)  {limit}", *lines, "", "IoU 0.50", self.by_score.table()])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves, for JSON; an undefined value becomes None."""
@@ -70,6 +79,7 @@ class CocoResult:
             "metrics": {name: none_if_nan(value) for name, value in self.stats.items()},
             "class_ap": {name: none_if_nan(value) for name, value in self.class_ap.items()},
             "counts": self.counts,
+            "by_score": self.by_score.to_dict(),
         }
 
     def plot(self, path: str | os.PathLike, title: str = "COCO") -> None:
@@ -102,6 +112,7 @@ class CocoAP:
             raise ValueError("categories: expected at least one, got none")
         if max_dets_per_image < 1:
             raise ValueError(f"max_dets_per_image: expected at least 1, got {max_dets_per_image}")
+        self.categories = dict(categories)
         self._class_names = tuple(categories.values())
         self._category_ids = tuple(categories)
         self._max_dets = max_dets_per_image
@@ -194,14 +205,14 @@ class CocoAP:
             return float(defined.mean()) if defined.size else math.nan
 
         at = {round(threshold, 2): index for index, threshold in enumerate(params.iouThrs.tolist())}
-        area = {label: index for index, label in enumerate(params.areaRngLbl)}
-        of_all = precision[..., area[_ALL_AREAS]]  # (thresholds, recalls, classes)
+        column = {label: index for index, label in enumerate(params.areaRngLbl)}
+        of_all = precision[..., column[_ALL_AREAS]]  # (thresholds, recalls, classes)
         stats = {
             "AP": average(of_all),
             "AP50": average(of_all[at[0.5]]),
             "AP75": average(of_all[at[0.75]]),
-            **{f"AP{label[0]}": average(precision[..., area[label]]) for label in ("small", "medium", "large")},
-            "AR": average(recall[..., area[_ALL_AREAS]]),
+            **{f"AP{label[0]}": average(precision[..., column[label]]) for label in ("small", "medium", "large")},
+            "AR": average(recall[..., column[_ALL_AREAS]]),
         }
         num_of = Counter(self._class_names)
         class_ap = {}
@@ -217,7 +228,61 @@ class CocoAP:
         }
         curves = {label: (params.recThrs, _mean_defined(of_all[at[iou]])) for label, iou in _CURVES.items()}
         curves[_MEAN_CURVE] = params.recThrs, np.mean([_mean_defined(values) for values in of_all], axis=0)
-        return CocoResult(stats, class_ap, curves, counts, self._max_dets)
+        starts = [(index * num_areas + column[_ALL_AREAS]) * num_images for index in range(len(self._class_names))]
+        judged = [entry for start in starts for entry in entries[start : start + num_images] if entry is not None]
+        threshold = at[0.5]
+        by_score = ScoreCurve.from_detections(
+            np.concatenate([np.empty(0), *(e["dtScores"][~e["dtIgnore"][threshold]] for e in judged)]),
+            np.concatenate([np.empty(0), *(e["dtMatches"][threshold][~e["dtIgnore"][threshold]] for e in judged)]),
+            num_objects=counts["objects"],
+            num_images=num_images,
+        )
+        return CocoResult(stats, class_ap, curves, counts, self._max_dets, by_score)
+
+
+def read_coco_detections(path: str | os.PathLike, categories: Mapping[int, str]) -> dict[str, Detections]:
+    """Read a file in COCO's results format.
+
+    Args:
+        categories: category id -> name, in the order of the class indices.
+
+    Returns:
+        By image id, as a string, in the order of the file; boxes XYXY.
+
+    Raises:
+        UserError: the file is not in this format; names the entry, the expectation and the finding.
+        OSError: it cannot be opened.
+    """
+    with open_regular(path) as file:
+        try:
+            content = json.loads(decode_text(file.read()))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: expected COCO's results as JSON, got what is none ({error})") from error
+    if not isinstance(content, list):
+        keys = f" with the keys {list(content)[:5]}" if isinstance(content, dict) else ""
+        raise UserError(f"{path}: expected a list of results, got {type(content).__name__}{keys}")
+    class_of = {category_id: index for index, category_id in enumerate(categories)}
+    rows: dict[str, list[tuple[list[float], float, int]]] = {}
+    for number, entry in enumerate(content):
+        place = f"{path}: result {number}"
+        missing = {"image_id", "category_id", "bbox", "score"} - (entry.keys() if isinstance(entry, dict) else set())
+        if missing:
+            raise UserError(f"{place}: expected image_id, category_id, bbox and score, got none of {sorted(missing)}")
+        if not isinstance(entry["category_id"], int) or entry["category_id"] not in class_of:
+            known = list(class_of)[:10]
+            raise UserError(f"{place}: expected a category_id of the annotations {known}, got {entry['category_id']!r}")
+        box, score = entry["bbox"], entry["score"]
+        numbers = [*box, score] if isinstance(box, list) and len(box) == 4 else [None]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+            raise UserError(f"{place}: expected bbox as [x, y, width, height] and a score, got {box!r} and {score!r}")
+        rows.setdefault(str(entry["image_id"]), []).append((box, score, class_of[entry["category_id"]]))
+    found = {}
+    for image_id, entries in rows.items():
+        boxes, scores, classes = (np.array(column) for column in zip(*entries))
+        boxes = boxes.astype(np.float64)
+        boxes[:, 2:] += boxes[:, :2]
+        found[image_id] = Detections(boxes, scores.astype(np.float64), classes, None)
+    return found
 
 
 def write_coco_detections(

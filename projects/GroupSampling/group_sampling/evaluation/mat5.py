@@ -9,11 +9,12 @@ import os
 import struct
 import zlib
 from collections.abc import Collection
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..files import open_regular
 
 MatValue: TypeAlias = "str | NDArray | list[MatValue]"
 
@@ -37,7 +38,8 @@ def read_mat5(path: str | os.PathLike, names: Collection[str]) -> dict[str, MatV
     Raises:
         ValueError: no MATLAB file of these versions, damaged, or a variable is neither cells, text nor real numbers.
     """
-    content = memoryview(Path(path).read_bytes())
+    with open_regular(path) as source:
+        content = memoryview(source.read())
     try:
         order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
         if order is None or struct.unpack(order + "H", content[124:126]) != (0x0100,):

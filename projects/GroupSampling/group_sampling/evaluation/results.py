@@ -52,6 +52,28 @@ def check_new_image(image_id: str, known: Container[str], updated: Container[str
         raise ValueError(f"predictions: expected one update per image, got a second one for {image_id!r}")
 
 
+class UnitCheck:
+    """Notices result files that are not in pixels."""
+
+    def __init__(self) -> None:
+        self._num_boxes = self._num_tiny = 0
+
+    def add(self, found: Detections) -> None:
+        """Look at the boxes of an image."""
+        sizes = found.boxes[:, 2:] - found.boxes[:, :2]
+        self._num_boxes += len(sizes)
+        self._num_tiny += int((sizes < 2).all(axis=1).sum())
+
+    def hint(self) -> str:
+        """What to tell the user where most boxes are under two pixels in both directions; else nothing."""
+        if self._num_tiny <= self._num_boxes / 2:
+            return ""
+        return (
+            f"{self._num_tiny} of {self._num_boxes} boxes are under two pixels: are they shares of the image's sides? "
+            "Expected are x y w h in pixels, x and y of the top left corner"
+        )
+
+
 def none_if_nan(value: float) -> float | None:
     """JSON has no nan."""
     return None if math.isnan(value) else value

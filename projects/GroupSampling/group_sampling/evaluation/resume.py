@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from ..files import atomic_file
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_COLUMNS = ("boxes", "scores", "classes", "anchor_scales")
 
 
 class PartialDetections:
@@ -96,27 +96,42 @@ class PartialDetections:
 
 
 def _pack(fingerprint: str, images: dict[str, Detections]) -> bytes:
+    """All lists in a row: of an image first its detections, with scale 0, then those of its sub-detectors."""
+    lists = []
+    for image_id, found in images.items():
+        lists.append((image_id, 0.0, found))
+        lists += [(image_id, scale, alone) for scale, alone in (found.sub_detectors or {}).items()]
+    image_ids, scales, found = zip(*lists)
     arrays = {
         "fingerprint": np.array(fingerprint),
-        "image_ids": np.array(list(images)),
-        "counts": np.array([len(found.scores) for found in images.values()]),
+        "image_ids": np.array(image_ids),
+        "scales": np.array(scales, dtype=np.float64),
+        "counts": np.array([len(one.scores) for one in found]),
     }
-    for name, columns in zip(Detections._fields, zip(*images.values())):
+    for name in _COLUMNS:
+        columns = [getattr(one, name) for one in found]
         present = [column for column in columns if column is not None]
         arrays[f"has_{name}"] = np.array([column is not None for column in columns])
         arrays[name] = np.concatenate(present) if present else np.empty(0)
     stream = io.BytesIO()
-    np.savez(stream, **arrays)
+    np.savez(stream, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes the keys for its option allow_pickle
     return stream.getvalue()
 
 
 def _unpack(payload: bytes) -> tuple[str, dict[str, Detections]]:
     with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
         columns = []
-        for name in Detections._fields:
+        for name in _COLUMNS:
             has = arrays[f"has_{name}"]
             parts = iter(np.split(arrays[name], np.cumsum(arrays["counts"][has])[:-1]))
             # Copied: a view would keep the whole file in memory.
             columns.append([next(parts).copy() if is_present else None for is_present in has])
-        images = dict(zip(arrays["image_ids"].tolist(), itertools.starmap(Detections, zip(*columns))))
+        images: dict[str, Detections] = {}
+        for image_id, scale, found in zip(arrays["image_ids"].tolist(), arrays["scales"].tolist(), zip(*columns)):
+            if scale == 0:
+                images[image_id] = Detections(*found)
+            else:
+                joint = images[image_id]
+                by_scale = {**(joint.sub_detectors or {}), scale: Detections(*found)}
+                images[image_id] = joint._replace(sub_detectors=by_scale)
         return str(arrays["fingerprint"]), images

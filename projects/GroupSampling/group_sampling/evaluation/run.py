@@ -12,8 +12,8 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from .. import distributed
-from ..config import anchor_scales
 from ..data.catalog import Source
+from ..data.loader import BadDataError, list_files
 from ..data.records import ImageRecord
 from ..detections import Detections
 from ..files import write_json
@@ -29,11 +29,14 @@ from .wider_face.ground_truth import find_official_ground_truth
 
 logger = logging.getLogger(__name__)
 
+_MIN_BAD_IMAGES = 4  # so many are never too many
+
 
 class Evaluation:
     """One pass of a detector over a data set.
 
-    Every process detects on the images of :attr:`share` and passes what it found to :meth:`add`; the main process
+    Every process detects on the images of :attr:`share` and passes what it found to :meth:`add`, or an image that
+    cannot be read to :meth:`skip`; the main process
     scores all of it in :meth:`finish`. Until the results are written, finished images are kept in
     ``OUTPUT_DIR/inference/<data set>/partial``, so that any number of processes can continue an interrupted evaluation.
 
@@ -62,6 +65,7 @@ class Evaluation:
         self._cfg = cfg
         self._source = source
         self._detections: dict[str, Detections] = {}
+        self._unreadable: dict[str, str] = {}  # file -> reason
         self._partial: PartialDetections | None = None
         name, records = source.name, source.records
         if model is not None:
@@ -94,6 +98,20 @@ class Evaluation:
         if self._partial:
             self._partial.add(image_id, detections)
 
+    def skip(self, file: str, reason: str) -> None:
+        """Note that an image of the share cannot be read: it counts as one without detections.
+
+        Raises:
+            BadDataError: there are more than ``DATALOADER.MAX_BAD_SHARE`` of the images.
+        """
+        self._unreadable[file] = reason
+        allowed = self._cfg.DATALOADER.MAX_BAD_SHARE
+        if len(self._unreadable) > max(_MIN_BAD_IMAGES, allowed * len(self._source.records)):
+            raise BadDataError(
+                f"{self._source.name}: {len(self._unreadable)} of {len(self._source.records)} images cannot be read; "
+                f"expected a share of at most {allowed:g}. Got:\n{list_files(self._unreadable)}"
+            )
+
     def finish(self) -> dict[str, dict[str, float]] | None:
         """Score the detections of all processes and write the results, see :func:`evaluate_detections`.
 
@@ -102,6 +120,7 @@ class Evaluation:
         """
         if self._partial:
             self._partial.write()
+        unreadable = {file: reason for share in distributed.gather(self._unreadable) for file, reason in share.items()}
         gathered = distributed.gather(self._detections)
         if distributed.rank() != 0:
             return None
@@ -112,6 +131,11 @@ class Evaluation:
         results = evaluate_detections(self._cfg, self._source, detections)
         if self._partial:
             self._partial.remove()
+        if unreadable:
+            logger.warning(
+                f"{self._source.name}: {len(unreadable)} of {len(ids)} images cannot be read and count as images "
+                f"without detections:\n{list_files(unreadable)}"
+            )
         return results
 
 
@@ -125,16 +149,18 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
         detections: by image id; images without an entry count as empty.
 
     Returns:
-        Metrics in percent by protocol. "wider_face": ``AP_all``, ``AP@16``, ..., with the official files also
-        ``AP_easy``, ``AP_medium`` and ``AP_hard``. "coco": ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``,
-        ``AR``, and ``AP-<class>`` where there are several classes. "fddb": ``discrete@n`` and ``continuous@n``, the
-        true positive rates at n = 200, 500 and 1,000 false positives, and with ``_fitted`` those of ellipses.
+        Metrics in percent by protocol. "wider_face": ``AP_all``; with the official files also ``AP_easy``,
+        ``AP_medium`` and ``AP_hard``; with detections of sub-detectors ``AP@16``, ... "coco": ``AP``, ``AP50``,
+        ``AP75``, ``APs``, ``APm``, ``APl``, ``AR``, and ``AP-<class>`` where there are several classes. "fddb":
+        ``discrete@n`` and ``continuous@n``, the true positive rates at n = 200, 500 and 1,000 false positives, and with
+        ``_fitted`` those of ellipses.
     """
     folder = _folder(cfg, source.name)
     missing = len(source.records) - len(detections)
     if missing:
         logger.warning(
-            f"{source.name}: {missing} of {len(source.records)} images were not looked at and count as empty"
+            f"{source.name}: {missing} of {len(source.records)} images have no detections of this model and count as "
+            "empty"
         )
     names = [source.protocol]
     if source.protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1:
@@ -164,11 +190,8 @@ class Protocol(NamedTuple):
 
 
 def _build_wider_face(cfg: CfgNode, source: Source) -> WiderFaceAP:
-    scales = anchor_scales(cfg)
     ground_truth = _official_ground_truth(cfg, source)
-    if ground_truth:
-        return WiderFaceAP.from_official(ground_truth, scales=scales)
-    return WiderFaceAP.from_records(source.records, scales=scales)
+    return WiderFaceAP.from_official(ground_truth) if ground_truth else WiderFaceAP.from_records(source.records)
 
 
 def _build_coco(cfg: CfgNode, source: Source) -> CocoAP:
@@ -180,8 +203,12 @@ def _build_fddb(cfg: CfgNode, source: Source) -> FDDBRoc:
 
 
 def _write_wider_face(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
+    """A result set in ``predictions``, and of each sub-detector in ``predictions@<scale>``."""
     for image_id, found in detections.items():
-        write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores)
+        write_predictions(os.path.join(folder, "predictions"), image_id, found.boxes, found.scores, is_stem=True)
+        for scale, alone in (found.sub_detectors or {}).items():
+            folder_of_scale = os.path.join(folder, f"predictions@{scale:g}")
+            write_predictions(folder_of_scale, image_id, alone.boxes, alone.scores, is_stem=True)
 
 
 def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:
@@ -232,7 +259,8 @@ def _fingerprint(cfg: CfgNode, dataset_name: str, records: Sequence[ImageRecord]
     config.MODEL.WEIGHTS = ""  # a name; the weights themselves follow
     add([config.MODEL.dump(), config.INPUT.dump(), config.TEST.dump()])
     for record in records:
-        add([record.image_id, record.file_name, record.height, record.width, _file_state(record.file_name)])
+        add([record.image_id, record.file_name, record.height, record.width, record.is_raw])
+        add(_file_state(record.file_name))
     for name, value in module.state_dict().items():
         add([name, str(value.dtype), list(value.shape)])
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

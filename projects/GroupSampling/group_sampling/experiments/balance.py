@@ -1,5 +1,8 @@
 """How many positives and negatives of every scale a detector would train on (paper, Fig. 2), before it trains.
 
+Beside the numbers that are drawn, the effective ones: what each anchor counts in the mean of the classification losses
+under the config's reading of group sampling (docs/deviations.md).
+
 From annotations, image sizes and the augmentation's geometry alone: no pixels, no network.
 """
 
@@ -17,7 +20,8 @@ from ..config import ConfigError
 from ..data.images import image_size
 from ..data.records import ImageRecord
 from ..engines.build import AnchorLayout, build_train_transform
-from ..samplers import build_anchor_sampler, count_anchors
+from ..monitor import count_anchors
+from ..samplers import build_anchor_sampler
 
 _BATCH = 64  # images per call of the operator
 
@@ -28,18 +32,36 @@ class SampleBalance:
 
     Attributes:
         scales: (G,) anchor scales in pixels, ascending.
-        positives, negatives: (G,).
+        positives, negatives: (G,) drawn.
+        effective_positives, effective_negatives: (G,) what they count in the mean of the losses; together as many.
         num_images: images that the means are over.
     """
 
     scales: tuple[float, ...]
     positives: tuple[float, ...]
     negatives: tuple[float, ...]
+    effective_positives: tuple[float, ...]
+    effective_negatives: tuple[float, ...]
     num_images: int
 
     def per_scale(self) -> dict[str, tuple[float, float]]:
-        """Scale in pixels -> (positives, negatives)."""
+        """Scale in pixels -> (positives, negatives), drawn."""
         return {f"{s:g}": counts for s, counts in zip(self.scales, zip(self.positives, self.negatives))}
+
+    def shares(self, *, effective: bool = False) -> dict[str, tuple[float, float]]:
+        """Scale in pixels -> (positives, negatives) in percent of all samples, as Figure 2 has them."""
+        counts = np.array([self.positives, self.negatives])
+        if effective:
+            counts = np.array([self.effective_positives, self.effective_negatives])
+        shares = 100 * counts / counts.sum().clip(min=np.finfo(float).tiny)
+        return {f"{scale:g}": (pos, neg) for scale, pos, neg in zip(self.scales, *shares.tolist())}
+
+
+def total_variation(a: SampleBalance, b: SampleBalance, *, effective: bool = False) -> float:
+    """Between the distributions of two detectors' samples over scales and labels: 0 for equal ones, at most 1."""
+    p, q = a.shares(effective=effective), b.shares(effective=effective)
+    none = (0.0, 0.0)
+    return sum(abs(x - y) for scale in {*p, *q} for x, y in zip(p.get(scale, none), q.get(scale, none))) / 200
 
 
 def sample_balance(
@@ -77,14 +99,16 @@ def sample_balance(
     transform = build_train_transform(cfg)
     grid_of = functools.lru_cache(maxsize=None)(functools.partial(anchor_grid, cfg))
     scales = grid_of(32, 32).scales
-    totals = np.zeros((2, len(scales)))
+    drawn, effective = np.zeros((2, len(scales))), np.zeros((2, len(scales)))
     num_batches = 0
     waiting: dict[AnchorGrid, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     def draw(grid: AnchorGrid) -> None:
-        nonlocal num_batches, totals
+        nonlocal num_batches, drawn, effective
         faces, ignored = zip(*waiting.pop(grid))
-        totals += count_anchors(grid, sampler(grid, faces, ignored, iteration=num_batches)).numpy()
+        chosen = sampler(grid, faces, ignored, iteration=num_batches)
+        drawn += count_anchors(grid, chosen, chosen.labels >= 0).numpy()
+        effective += count_anchors(grid, chosen, sampler.effective_weights(chosen)).numpy()
         num_batches += 1
         on_progress(len(faces))
 
@@ -101,8 +125,10 @@ def sample_balance(
             draw(grid)
     for grid in list(waiting):
         draw(grid)
-    positives, negatives = totals / len(records)
-    return SampleBalance(scales, tuple(positives.tolist()), tuple(negatives.tolist()), len(records))
+    (pos, neg), (effective_pos, effective_neg) = (
+        [tuple(row.tolist()) for row in counts / len(records)] for counts in (drawn, effective)
+    )
+    return SampleBalance(scales, pos, neg, effective_pos, effective_neg, len(records))
 
 
 def anchor_grid(cfg: CfgNode, height: int, width: int) -> AnchorGrid:

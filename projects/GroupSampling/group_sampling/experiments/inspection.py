@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from ..anchors import AnchorGrid
 from ..config import anchor_scales
 from ..data.images import check_size, image_size, read_image, read_size
-from ..data.records import DataReport, ImageRecord, UnreadableImageError
+from ..data.records import DataReport, ImageRecord, UnreadableImageError, fit_exchanged_sides
 from ..data.synthetic import is_address
 from ..data.transforms import TrainTransform
 from ..engines.build import build_train_transform
@@ -203,6 +203,11 @@ def inspect(
         except UnreadableImageError as error:
             unreadable.append(str(error))
             continue
+        if fit_exchanged_sides(record.boxes, height, width):
+            unreadable.append(
+                f"{record.file_name}: its boxes fit it with its sides exchanged alone, {height}x{width} pixels: of "
+                "before or after EXIF turned it? See DATASETS.APPLY_EXIF"
+            )
         for index, resize in enumerate(resizes):
             geometry = resize.sample(height, width, np.random.default_rng([seed, number, index]))
             moved, _, _ = resize.apply_annotations(record.boxes, record.ignore, record.classes, geometry, height, width)
@@ -287,7 +292,7 @@ def _check_file(record: ImageRecord) -> tuple[int, int]:
     """(height, width) of the record's image, which must be as annotated."""
     if is_address(record.file_name):
         return image_size(record)
-    size = read_size(record.file_name)
+    size = read_size(record.file_name, is_raw=record.is_raw)
     check_size(record, *size)
     return size
 

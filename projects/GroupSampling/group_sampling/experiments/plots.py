@@ -22,12 +22,17 @@ def new_figure(width: float, height: float):
 
 
 def plot_samples(
-    samples: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, log: bool = False, columns: int = 5
+    samples: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: Path,
+    *,
+    log: bool = False,
+    columns: int = 5,
+    ylabel: str = "samples per image",
 ) -> None:
     """Bars of positives and negatives of every scale, one panel per detector (paper, Fig. 2).
 
     Args:
-        samples: name of the detector -> anchor scale -> mean positives and negatives in an image.
+        samples: name of the detector -> anchor scale -> positives and negatives, in the unit that ``ylabel`` names.
         log: logarithmic axis, for detectors whose counts differ by orders of magnitude.
         columns: panels in a row.
     """
@@ -42,7 +47,7 @@ def plot_samples(
             bars = axes.bar(position + offset, values, 0.4, label=label, color=f"C{column}")
             axes.bar_label(bars, labels=[_short(value) for value in values], fontsize=7 if columns > 2 else 8)
         axes.set_xticks(position, list(counts))
-        axes.set(title=name, xlabel="anchor scale (px)", ylabel="samples per image")
+        axes.set(title=name, xlabel="anchor scale (px)", ylabel=ylabel)
         axes.label_outer()
         if log:
             axes.set_yscale("log")
@@ -54,7 +59,7 @@ def plot_samples(
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
 def plot_ap_bars(
@@ -137,6 +142,37 @@ def plot_training(runs: Sequence[Run], path: Path) -> None:
         axes.set(title=key, xlabel="iteration", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
+    save_figure(figure, path)
+
+
+def plot_health(runs: Sequence[Run], path: Path) -> None:
+    """The head's health over the iterations: units that fire, norm of the gradients, and of each scale two panels.
+
+    Those of a scale are the spread of its logits, and by how much positives score higher than negatives.
+    """
+    scales = list(dict.fromkeys(scale for run in runs for scale in run.health_scales()))
+    titles = {"health/units": "share of the head's units that fire", "grad_norm": "norm of the gradients, median"}
+    titles["health/grad_norm_max"] = "norm of the gradients, largest"
+    figure = new_figure(3.4 * max(3, len(scales)), 9)
+    rows = figure.subplots(3, max(3, len(scales)), squeeze=False)
+    for axes, (key, title) in zip(rows[0], titles.items()):
+        for run in runs:
+            axes.plot(*run.series(key), label=run.name)
+        axes.set(title=title, yscale="linear" if key == "health/units" else "log")
+    rows[0][0].set_ylim(0, 1.05)
+    for spread, gap, scale in zip(*rows[1:], scales):
+        for run in runs:
+            spread.plot(*run.series(f"health/logit_std@{scale}"), label=run.name)
+            gap.plot(*run.score_gaps(scale), label=run.name)
+        spread.set(title=f"@{scale}: standard deviation of the logits", ylim=(0, None))
+        gap.set(title=f"@{scale}: score of positives − negatives", xlabel="iteration")
+        gap.axhline(0, color="black", linewidth=0.5)
+    for axes in rows.flatten():
+        if axes.lines:
+            axes.grid(alpha=0.3)
+        else:
+            axes.axis("off")
+    rows[0][0].legend()
     save_figure(figure, path)
 
 

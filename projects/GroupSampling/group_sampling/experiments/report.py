@@ -10,7 +10,7 @@ from ..data.images import read_image
 from ..data.records import ImageRecord
 from ..detections import Detections
 from ..files import write_atomically
-from .plots import plot_curves, plot_detections, plot_samples, plot_training
+from .plots import plot_curves, plot_detections, plot_health, plot_samples, plot_training
 from .runs import Run
 
 # Detections below this score are not drawn.
@@ -59,6 +59,15 @@ def write_report(
             lambda path: plot_training(runs, path),
         ),
     ]
+    if any(run.health_scales() for run in runs):
+        figures.append(
+            (
+                "health.png",
+                "Health of the head",
+                "A head can die while its loss looks fine. Of the anchors drawn in 20 iterations each.",
+                lambda path: plot_health(runs, path),
+            )
+        )
     for file, heading, record in _example_images(records):
         figures.append(
             (
@@ -93,7 +102,7 @@ th:first-child, td:first-child {{ text-align: left; }} img {{ max-width: 100%; }
 <h1>{html.escape(title)}</h1>
 {paragraphs}
 <h2>Average precision (%)</h2>
-<p>{html.escape(dataset)}, WIDER FACE protocol. @s: faces nearest to anchor scale s, detections of its anchors.</p>
+<p>{html.escape(dataset)}, WIDER FACE protocol. @s: All of what the anchors of scale s find by themselves.</p>
 {_ap_table(runs, dataset)}
 {sections}
 </body>
@@ -130,12 +139,15 @@ def _example_images(records: Sequence[ImageRecord]) -> list[tuple[str, str, Imag
     with_faces = [record for record in records if (~record.ignore).any()]
     if not with_faces:
         return []
-    choices = (
-        ("detections_large.png", "Large faces", lambda s: np.sum((s >= 64) & (s <= 180))),
-        ("detections_tiny.png", "Tiny faces", lambda s: np.sum((s >= 10) & (s < 24))),
-        ("detections_many.png", "Many faces", len),
-    )
-    return [(file, heading, max(with_faces, key=lambda r, k=key: k(sizes(r)))) for file, heading, key in choices]
+
+    def with_most(count: Callable[[np.ndarray], int]) -> ImageRecord:
+        return max(with_faces, key=lambda record: count(sizes(record)))
+
+    return [
+        ("detections_large.png", "Large faces", with_most(lambda s: len(s[(s >= 64) & (s <= 180)]))),
+        ("detections_tiny.png", "Tiny faces", with_most(lambda s: len(s[(s >= 10) & (s < 24)]))),
+        ("detections_many.png", "Many faces", with_most(len)),
+    ]
 
 
 def _plot_example(predictions: Mapping[str, Mapping[str, Detections]], record: ImageRecord, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The trainings behind the paper's tables and figures: what is run, what is complete, and what it gave."""
 
-import json
+import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,22 +9,33 @@ from pathlib import Path
 import yaml
 from fvcore.common.config import CfgNode
 
-from ..config import ConfigError, get_value
-from ..engines.tv.config import load_config
-from ..files import write_json
+from ..config import ConfigError, changed_keys, dump_config, get_value
+from ..engines.build import load_records
+from ..engines.tv.config import get_cfg, load_config
+from ..files import read_json, write_json
+from ..samplers import SAMPLERS
+from .balance import SampleBalance, sample_balance, total_variation
 from .jobs import Job, run_jobs
-from .rows import DETECTORS, EXPERIMENTS
+from .rows import DETECTORS, EXPERIMENTS, Row
 from .runs import Run
 
 TINY = "quick/tiny.yaml"  # below the folder of the configs
-# What "tiny" divides a row's numbers of samples by: anchors by the ratio of the image areas, RoIs by less, since a 32nd
-# of them would leave one face of every scale.
+# What "tiny" divides a row's numbers of samples by. The ratio of the image areas, about 1/47, would leave detectors
+# that draw uniformly a handful of positives. The hardest examples are not fewer in a small image: their number stays.
 COUNT_DIVISORS = {
-    "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP": 32,
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
+    "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP": 8,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 8,
     "MODEL.GROUP_SAMPLING.ROI_SAMPLES_PER_GROUP": 8,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
 }
+# Rows that differ in these keys alone are one training run twice if they draw the same samples nevertheless: less than
+# SAME_SAMPLES apart in total variation and number, on the first IMAGES_TO_COMPARE images.
+SAMPLING_KEYS = {
+    *(f"MODEL.GROUP_SAMPLING.{key}" for key in ("SAMPLER", "SAMPLES_PER_GROUP", "FILL", "LOSS_MEAN")),
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+}
+SAME_SAMPLES = 0.02
+IMAGES_TO_COMPARE = 100
 MARKER = "reproduce.json"  # in a row's folder: its settings, and how long it took once it is complete
 
 
@@ -86,6 +98,40 @@ class Reproduction:
         self.opts = {config: scale_opts(configs, config, scale) + self.overrides for config in needed}
         self.dataset = self.config(needed[0]).DATASETS.TEST[0]
 
+    @functools.cached_property
+    def same_samples(self) -> list[tuple[str, Row, Row, float]]:
+        """Pairs of rows that are compared and train on the same samples: experiment, both rows, total variation.
+
+        Such rows have nothing to compare: what differs between them is noise.
+
+        Raises:
+            MissingDatasetError: the data set to train on is not there.
+        """
+        found, balance_of = [], functools.cache(self._balance)
+        for name, experiment in self.experiments.items():
+            for a, b in itertools.combinations(experiment.rows, 2):
+                if a.config != b.config and self._differs_in_samples_alone(a.config, b.config):
+                    balances = balance_of(a.config), balance_of(b.config)
+                    numbers = [sum(balance.positives + balance.negatives) for balance in balances]
+                    distance = total_variation(*balances, effective=True)
+                    if max(distance, 1 - min(numbers) / max(numbers)) < SAME_SAMPLES:
+                        found.append((name, a, b, distance))
+        return found
+
+    def _differs_in_samples_alone(self, a: str, b: str) -> bool:
+        cfgs = self.config(a), self.config(b)
+        samplers = [SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER] for cfg in cfgs]
+        if any(sampler.needs_logits or sampler.count_key is None for sampler in samplers):
+            return False  # what OHEM draws is not known before the training, and focal loss is another loss
+        keys = {key for key, *_ in changed_keys(*(dump_config(cfg, get_cfg()) for cfg in cfgs))}
+        return keys <= SAMPLING_KEYS
+
+    def _balance(self, config: str) -> SampleBalance:
+        cfg = self.config(config)
+        synthetic = cfg.DATASETS.SYNTHETIC
+        synthetic.NUM_TRAIN = min(synthetic.NUM_TRAIN, IMAGES_TO_COMPARE)  # to make them all takes a while
+        return sample_balance(cfg, load_records(cfg, cfg.DATASETS.TRAIN)[:IMAGES_TO_COMPARE])
+
     def _file(self, config: str) -> Path:
         return self._configs / f"{config}.yaml"
 
@@ -110,7 +156,7 @@ class Reproduction:
         file = self.run(config, seed).folder / MARKER
         if not file.exists():
             return None
-        content = json.loads(file.read_text())
+        content = read_json(file)
         settings = self.settings(config)
         found = {key: content.get(key) for key in settings}
         if found != settings:
@@ -174,8 +220,10 @@ def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
         return []
     opts = [part for key, value in _flatten(yaml.safe_load((configs / TINY).read_text())) for part in (key, str(value))]
     cfg = load_config(str(configs / f"{config}.yaml"), ["MODEL.DEVICE", "cpu"])
+    is_mining = SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits
     for key, divisor in COUNT_DIVISORS.items():
-        opts += [key, str(max(1, get_value(cfg, key) // divisor))]
+        if not (is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"):
+            opts += [key, str(max(1, get_value(cfg, key) // divisor))]
     return opts
 
 

@@ -3,17 +3,19 @@
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.catalog import MissingDatasetError
 from ..data.records import ImageRecord
 from ..engines.build import load_records
 from ..files import write_atomically, write_json
 from .balance import sample_balance
 from .claims import paper_values
 from .plots import plot_ap_bars, plot_ap_lines, plot_samples
-from .reproduction import TINY, Reproduction
+from .reproduction import COUNT_DIVISORS, TINY, Reproduction
 from .rows import FIGURE4_DETECTORS, Experiment
 from .verdicts import Judgment, judge, sample_shares, seed_noise
 from .verdicts import markdown as verdict_table
@@ -53,16 +55,14 @@ def experiment_results(reproduction: Reproduction, experiment: Experiment, paper
 def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment]:
     """What the paper claims of the order of the results that were asked for, and whether ours agree.
 
-    AP@s is left out: until it is measured as the paper does (docs/deviations.md), it says nothing of these claims.
-
     Args:
         figure2: of :func:`figure2_results`, if that was asked for.
     """
-    measured: dict[str, dict[str, list[float | None]]] = {}
+    measured: dict[str, dict[str, Sequence[float | None]]] = {}
     for experiment in reproduction.experiments.values():
         for row in experiment.rows:
             aps = [reproduction.ap(row.config, seed) or {} for seed in reproduction.seeds]
-            subsets = {subset for ap in aps for subset in ap if not subset.startswith("@")}
+            subsets = {subset for ap in aps for subset in ap}
             measured[row.config] = {subset: [ap.get(subset) for ap in aps] for subset in sorted(subsets)}
     samples = {}
     for row in figure2["rows"] if figure2 else ():
@@ -76,6 +76,17 @@ def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment
     asked = set(reproduction.experiments) | ({"figure2"} if figure2 else set())
     found = judge(measured, noise=seed_noise(measured))
     return [judgment for judgment in found if judgment.ordering.experiment in asked]
+
+
+def same_samples(reproduction: Reproduction) -> list[dict] | None:
+    """Pairs of rows that train on the same samples; None: not known, since the data set is not here."""
+    try:
+        return [
+            {"experiment": name, "rows": [a.label, b.label], "total_variation": round(distance, 4)}
+            for name, a, b, distance in reproduction.same_samples
+        ]
+    except MissingDatasetError:
+        return None
 
 
 def figure2_results(reproduction: Reproduction) -> dict:
@@ -123,10 +134,21 @@ def markdown(results: dict, found: Sequence[Judgment]) -> str:
         lines += ["", f"### {experiment['title']}", ""]
         lines += _figure2_table(experiment) if name == "figure2" else _ap_table(experiment)
         lines += ["", f"![{experiment['title']}](images/{_image(about['scale'], name)})"]
+        pairs = [pair for pair in results["same_samples"] or () if pair["experiment"] == name]
+        lines += [line for pair in pairs for line in ("", warn_of(pair))]
         claims = [judgment for judgment in found if judgment.ordering.experiment == name]
         if claims:
             lines += ["", *verdict_table(claims)]
     return "\n".join(lines) + "\n"
+
+
+def warn_of(pair: dict) -> str:
+    """What :func:`same_samples` found, in words."""
+    a, b = pair["rows"]
+    return (
+        f"{a} and {b} draw the same samples (total variation {100 * pair['total_variation']:.2g} %) and differ in "
+        "nothing else: they are one training run twice."
+    )
 
 
 def _ap_table(experiment: dict) -> list[str]:
@@ -178,11 +200,14 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
         return (NAN, NAN) if value is None else (value["mean"], value["std"] or 0.0)
 
     if name == "figure4":
-        lines = {label: [] for label in FIGURE4_DETECTORS.values()}
+        lines: dict[str, list[tuple[str, float, float]]] = {label: [] for label in FIGURE4_DETECTORS.values()}
         for row in experiment["rows"]:
             label, n = row["label"].split(", N = ")
             lines[label].append((n, *pair(row["ours"].get("all"))))
-        plot_ap_lines(lines, path, xlabel="N of the config" + (", of which 1/32 is drawn" if scale == "tiny" else ""))
+        divisor = COUNT_DIVISORS["MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP"]
+        plot_ap_lines(
+            lines, path, xlabel="N of the config" + (f", of which 1/{divisor} is drawn" if scale == "tiny" else "")
+        )
         return
     plot_ap_bars(
         {row["label"]: {s: pair(v) for s, v in row["ours"].items()} for row in experiment["rows"]},
@@ -195,12 +220,18 @@ def write_report(reproduction: Reproduction) -> Path:
     """Write report.json, the images and, last, report.md; returns its path."""
     scale, paper = reproduction.scale, paper_values()
     notes = {
-        "tiny": f"Each row is its config with the overrides of `configs/{TINY}`, its number of anchors "
-        "drawn divided by 32 and that of RoIs by 8: a small network from scratch on procedural faces. Order and "
+        "tiny": f"Each row is its config with the overrides of `configs/{TINY}`, its numbers of anchors "
+        "and RoIs drawn divided by 8, except OHEM's: a small network from scratch on procedural faces. Order and "
         "differences can be compared with the paper's, absolute values cannot.",
         "wider": "Each row is its config as it stands.",
     }
-    results = {
+    note = notes[scale]
+    if not all(reproduction.config(config).TEST.PYRAMID.SCALES for config in reproduction.configs):
+        note += (
+            " The test is of a single scale, where a sub-detector finds few faces but those of its size: @s of the "
+            "paper are of an image pyramid."
+        )
+    results: dict[str, Any] = {
         "about": {
             "scale": scale,
             "engine": reproduction.engine,
@@ -209,8 +240,9 @@ def write_report(reproduction: Reproduction) -> Path:
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "overrides": reproduction.overrides,
-            "note": notes[scale],
+            "note": note,
         },
+        "same_samples": same_samples(reproduction),
         "experiments": {},
     }
     if reproduction.figure2_rows:

@@ -245,9 +245,10 @@ def _judge_claim(
     verdicts = {finding.verdict for finding in findings}
     order = (DISAGREES, NOT_RUN, NOT_SEPARABLE, AGREES)  # the weakest first
     verdict = next((verdict for verdict in order if verdict in verdicts), NOT_RUN)
-    sums = [comparison.value(paper) for comparison in ordering.comparisons]
-    known = bool(sums) and None not in sums
-    holds = all(c.low < value < c.high for c, value in zip(ordering.comparisons, sums)) if known else None
+    values = [comparison.value(paper) for comparison in ordering.comparisons]
+    sums = [value for value in values if value is not None]
+    is_known = 0 < len(sums) == len(values)
+    holds = all(c.low < value < c.high for c, value in zip(ordering.comparisons, sums)) if is_known else None
     return Judgment(ordering, findings, holds, verdict, tuple(dict.fromkeys(missing)))
 
 

@@ -2,12 +2,13 @@
 
 from ._library import ExtensionStatus, extension_status
 from .iou import pairwise_iou
-from .match import MatchResult, match_anchor_grid, match_anchors
+from .match import MatchOptions, MatchResult, match_anchor_grid, match_anchors
 from .sample import AssignResult, SampleResult, assign_and_sample, sample_groups
 
 __all__ = [
     "AssignResult",
     "ExtensionStatus",
+    "MatchOptions",
     "MatchResult",
     "SampleResult",
     "assign_and_sample",

@@ -1,7 +1,7 @@
 """Two-pass matching of ground-truth boxes to anchors."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -9,7 +9,16 @@ from torch import Tensor
 from ..anchors import AnchorGrid
 from . import _checks, _library, reference
 
-__all__ = ["MatchResult", "match_anchor_grid", "match_anchors"]
+__all__ = ["MatchOptions", "MatchResult", "match_anchor_grid", "match_anchors"]
+
+
+class MatchOptions(TypedDict):
+    """The numbers of the matching, as keyword arguments of :func:`match_anchors` and its like."""
+
+    pos_iou: float
+    neg_iou: float
+    second_pass: str
+    ignore_ioa: float
 
 
 class MatchResult(NamedTuple):

@@ -84,7 +84,7 @@ def match_anchor_grid(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`match_anchors` of every image against the grid's boxes, stacked to (B, n)."""
     anchors = grid.boxes(gt_boxes[0].device, gt_boxes[0].dtype)
-    regions = ignore_boxes or [None] * len(gt_boxes)
+    regions: Sequence[Tensor | None] = ignore_boxes or [None] * len(gt_boxes)
     images = [
         match_anchors(anchors, gt, pos_iou, neg_iou, second_pass, region, ignore_ioa)
         for gt, region in zip(gt_boxes, regions)

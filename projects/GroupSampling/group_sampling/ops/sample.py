@@ -120,10 +120,10 @@ def sample_groups(
     if _library.has_kernels(labels.device):
         result = torch.ops.group_sampling.sample_groups(labels, group_ids, lattice_ints, num_groups, *draw)
     else:
-        if group_ids is None:
+        if isinstance(groups, AnchorGrid):
             members = [groups.group_members(group, labels.device) for group in range(num_groups)]
         else:
-            members = [(group_ids == group).nonzero().squeeze(1) for group in range(num_groups)]
+            members = [(groups == group).nonzero().squeeze(1) for group in range(num_groups)]
         result = reference.sample_groups(labels, members, *draw)
     return SampleResult(*result)
 

@@ -4,7 +4,8 @@ Importing it registers its backbones, anchor generator, heads, RPN, meta-archite
 """
 
 from ...config import add_group_sampling_config
-from .backbone import BilinearFPN, build_group_sampling_fpn_backbone
+from . import bottom_up  # noqa: F401, registers
+from .backbone import BilinearFPN, build_group_sampling_fpn_backbone, build_torchvision_fpn_backbone
 from .data import GroupSamplingMapper, IgnoringInstances, register_datasets
 from .evaluator import GroupSamplingEvaluator
 from .rcnn import GroupSamplingRCNN, ProposalDetections
@@ -30,5 +31,6 @@ __all__ = [
     "Trainer",
     "add_group_sampling_config",
     "build_group_sampling_fpn_backbone",
+    "build_torchvision_fpn_backbone",
     "register_datasets",
 ]

@@ -1,4 +1,4 @@
-"""ResNet with an FPN whose top-down path is bilinear and which computes only the levels in use."""
+"""An FPN whose top-down path is bilinear and which computes only the levels in use, and what can be below it."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...config import ConfigError
 from ..build import SINGLE_STAGE_HEADS
+from ..tv.extractor import TorchvisionBody, check_torchvision_backbone, stages_in_use
 
 
 class BilinearFPN(FPN):
@@ -86,17 +87,64 @@ def build_group_sampling_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-@BACKBONE_REGISTRY.register()
-def build_group_sampling_fpn_backbone(cfg, input_shape: ShapeSpec) -> BilinearFPN:
-    """:class:`BilinearFPN` over a ResNet, with the levels that ``MODEL.RPN`` and the ROI heads read."""
-    out_features = set(cfg.MODEL.RPN.IN_FEATURES)
+class TorchvisionBackbone(TorchvisionBody, Backbone):
+    """:class:`~group_sampling.engines.tv.extractor.TorchvisionBody` as a backbone of Detectron2."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {f"res{stage}": ShapeSpec(channels=c, stride=2**stage) for stage, c in self.channels.items()}
+
+
+def levels_in_use(cfg) -> list[str]:
+    """The levels "p2", ... that the RPN and the ROI heads read."""
+    levels = set(cfg.MODEL.RPN.IN_FEATURES)
     if cfg.MODEL.ROI_HEADS.NAME != SINGLE_STAGE_HEADS:
-        out_features |= set(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+        levels |= set(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    return sorted(levels)
+
+
+def _build_fpn(cfg, bottom_up: Backbone) -> BilinearFPN:
+    """:class:`BilinearFPN` with the levels in use; in ``MODEL.FPN.IN_FEATURES``, "res3" is any feature of stride 8."""
+    shapes = bottom_up.output_shape()
+    by_stride = {f"res{shape.stride.bit_length() - 1}": name for name, shape in shapes.items()}
+    finest = min(levels_in_use(cfg), default="p2")
+    wanted = [name for name in cfg.MODEL.FPN.IN_FEATURES if name >= f"res{finest[1:]}" or not name.startswith("res")]
+    in_features = [name if name in shapes else by_stride.get(name, name) for name in wanted]
+    strides = [shapes[name].stride for name in in_features if name in shapes]
+    if len(strides) < len(in_features) or strides != [strides[0] << i for i in range(len(strides))] or not strides:
+        found = {name: shape.stride for name, shape in shapes.items()}
+        raise ConfigError(
+            "MODEL.FPN.IN_FEATURES: expected features of the backbone whose strides double, finest first, got "
+            f"{cfg.MODEL.FPN.IN_FEATURES}; it has (with their strides) {found}"
+        )
     return BilinearFPN(
-        build_group_sampling_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_features=sorted(out_features),
+        bottom_up,
+        in_features=in_features,
+        out_features=levels_in_use(cfg),
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_group_sampling_fpn_backbone(cfg, input_shape: ShapeSpec) -> BilinearFPN:
+    """:class:`BilinearFPN` over ``MODEL.BACKBONE.BOTTOM_UP``, a ResNet by default."""
+    name = cfg.MODEL.BACKBONE.BOTTOM_UP
+    builders = dict(BACKBONE_REGISTRY)
+    if name not in builders or name == cfg.MODEL.BACKBONE.NAME:
+        others = sorted(builders.keys() - {cfg.MODEL.BACKBONE.NAME})
+        raise ConfigError(f"MODEL.BACKBONE.BOTTOM_UP: expected one of {others}, got {name!r}")
+    return _build_fpn(cfg, builders[name](cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> BilinearFPN:
+    """:class:`BilinearFPN` over torchvision's classifier ``MODEL.BACKBONE.TORCHVISION_NAME``."""
+    check_torchvision_backbone(cfg)
+    body = TorchvisionBackbone(
+        cfg.MODEL.BACKBONE.TORCHVISION_NAME,
+        stages_in_use(cfg, levels_in_use(cfg)),
+        norm=cfg.MODEL.RESNETS.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+    return _build_fpn(cfg, body)

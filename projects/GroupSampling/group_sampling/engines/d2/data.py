@@ -17,10 +17,11 @@ from torch import Tensor
 from ...data import synthetic
 from ...data.catalog import Catalog, Source
 from ...data.images import read_image
-from ...data.records import ImageRecord
+from ...data.records import ImageRecord, UnreadableImageError
 from ...data.transforms import TestTransform, TrainTransform
 from ..build import build_test_transform, build_train_transform
 
+UNREADABLE = "group_sampling_unreadable"  # the key of a model's input for an image that cannot be read
 _RECORD = "group_sampling_record"  # the key of a dataset dict under which its record travels
 
 
@@ -129,8 +130,10 @@ def find_source(cfg: CfgNode, name: str) -> Source:
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
         paths = map(os.path.abspath, (metadata.json_file, metadata.image_root))
-        return Catalog({"COCO_FORMAT": [[name, *paths]]})[name]
-    return RegisteredSource(name)
+        return Catalog({"COCO_FORMAT": [[name, *paths]], "APPLY_EXIF": cfg.DATASETS.APPLY_EXIF})[name]
+    source = RegisteredSource(name)
+    source.apply_exif = cfg.DATASETS.APPLY_EXIF
+    return source
 
 
 def _load_dicts(source: Source) -> list[dict]:
@@ -153,6 +156,7 @@ def register_datasets(cfg: CfgNode | None = None) -> None:
             MetadataCatalog.pop(name, None)
         source = catalog[name]
         DatasetCatalog.register(name, functools.partial(_load_dicts, source))
+        MetadataCatalog.get(name).evaluator_type = "coco"  # what Detectron2's own scripts evaluate it by
         if source.protocol != "coco":
             MetadataCatalog.get(name).thing_classes = list(source.class_names)
 
@@ -187,8 +191,14 @@ class GroupSamplingMapper:
     """
 
     @configurable
-    def __init__(self, *, transform: TrainTransform | TestTransform, is_train: bool):
+    def __init__(self, *, transform: TrainTransform | TestTransform, is_train: bool, skip_unreadable: bool = False):
+        """
+        Args:
+            skip_unreadable: give a black image with the reason under :data:`UNREADABLE` instead of raising, since
+                Detectron2's loop has to be given an image.
+        """
         self.transform = transform
+        self.skip_unreadable = skip_unreadable
         self.is_train = is_train
 
     @classmethod
@@ -198,7 +208,14 @@ class GroupSamplingMapper:
     def __call__(self, dataset_dict: dict) -> dict:
         """The random draw comes from numpy's global generator, which Detectron2 seeds in every worker."""
         record = to_record(dataset_dict)
-        image = read_image(record)
+        try:
+            image = read_image(record)
+        except UnreadableImageError as error:
+            if not self.skip_unreadable:
+                raise
+            black = np.zeros((64, 64, 3), dtype=np.uint8)
+            example = self.to_test_example(black, black.shape[:2], record)
+            return {**example, "image_id": dataset_dict["image_id"], UNREADABLE: error.reason}
         if self.is_train:
             rng = np.random.default_rng(np.random.randint(2**31))
             out = self.transform(image, record.boxes, record.ignore, record.classes, rng)

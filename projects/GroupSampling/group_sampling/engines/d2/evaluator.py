@@ -4,9 +4,9 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from ...data.records import ImageRecord
-from ...detections import Detections
 from ...evaluation.run import Evaluation
-from .data import find_source
+from .data import UNREADABLE, find_source
+from .rcnn import to_detections
 
 
 class GroupSamplingEvaluator(DatasetEvaluator):
@@ -43,11 +43,10 @@ class GroupSamplingEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs):
-            found = output["instances"]
-            classes = found.pred_classes if found.has("pred_classes") else found.scores.new_zeros(len(found), dtype=int)
-            scales = found.anchor_scales if found.has("anchor_scales") else None
-            detections = Detections(found.pred_boxes.tensor, found.scores, classes, scales)
-            self._evaluation.add(str(image["image_id"]), detections.numpy())
+            if UNREADABLE in image:
+                self._evaluation.skip(image["file_name"], image[UNREADABLE])
+                continue
+            self._evaluation.add(str(image["image_id"]), to_detections(output).numpy())
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns ``{"wider_face": {"AP_all": ..., "AP@16": ...}}`` in percent on the main process, None elsewhere."""

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ...checkpoint import convert_in_place, refuse_partial_weights
 from ...config import ConfigError
+from ...detections import Detections
 from ...inference import Proposals, proposals_to_detections
+from .rpn import GroupSamplingRPN
 
 
 @META_ARCH_REGISTRY.register()
@@ -18,17 +20,76 @@ class GroupSamplingRCNN(GeneralizedRCNN):
 
     It converts weights of the torchvision engine itself, so that ``DefaultPredictor`` and other tools can load them. In
     eval mode it refuses weights that do not fit it entirely, since it would detect with random ones.
+
+    With ``TEST.SUB_DETECTORS`` (Sec. 6.1) an output has, beside its "instances", "sub_detectors": scale in pixels ->
+    the ``Instances`` that the anchors of that scale find by themselves.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    @configurable
+    def __init__(self, *, sub_detectors: bool = False, **kwargs):
+        """
+        Args:
+            sub_detectors: return what they find.
+            kwargs: as for ``GeneralizedRCNN``.
+        """
+        super().__init__(**kwargs)
+        if sub_detectors and not isinstance(self.proposal_generator, GroupSamplingRPN):
+            raise ConfigError(
+                "TEST.SUB_DETECTORS: expected MODEL.PROPOSAL_GENERATOR.NAME GroupSamplingRPN with it, got "
+                f"{type(self.proposal_generator).__name__}; with False there is no AP@16, ..."
+            )
+        self.sub_detectors = sub_detectors
         self.register_load_state_dict_pre_hook(_prepare_weights)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return {**super().from_config(cfg), "sub_detectors": cfg.TEST.SUB_DETECTORS}
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """As ``GeneralizedRCNN.preprocess_image``; images in pinned memory move to a GPU without waiting for it."""
         return super().preprocess_image(
             [{"image": x["image"].to(self.device, non_blocking=self.device.type != "cpu")} for x in batched_inputs]
         )
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[dict] | list[Instances]:
+        """As ``GeneralizedRCNN.inference``; backbone and head run once for all sub-detectors.
+
+        Without ``do_postprocess``, with ``detected_instances``, or traced, there are no sub-detectors: Detectron2's
+        tracing takes no dict by scale.
+        """
+        plain = detected_instances is not None or not do_postprocess or torch.jit.is_tracing()
+        if not self.sub_detectors or plain:
+            return super().inference(batched_inputs, detected_instances, do_postprocess)
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+
+        def finish(proposals: list[Instances]) -> list[dict]:
+            instances, _ = self.roi_heads(images, features, proposals, None)
+            return self._postprocess(instances, batched_inputs, images.image_sizes)
+
+        proposals, by_scale = self.proposal_generator.propose_by_scale(images, features)
+        found = finish(proposals)
+        for scale, proposals in by_scale.items():
+            for output, alone in zip(found, finish(proposals)):
+                output.setdefault("sub_detectors", {})[scale] = alone["instances"]
+        return found
+
+
+def to_detections(output: dict) -> Detections:
+    """One of the outputs of a detector in eval mode, Detectron2's own or a :class:`GroupSamplingRCNN`."""
+
+    def convert(found: Instances) -> Detections:
+        classes = found.pred_classes if found.has("pred_classes") else found.scores.new_zeros(len(found), dtype=int)
+        scales = found.anchor_scales if found.has("anchor_scales") else None
+        return Detections(found.pred_boxes.tensor, found.scores, classes, scales)
+
+    joint, by_scale = convert(output["instances"]), output.get("sub_detectors")
+    return joint._replace(sub_detectors=by_scale and {scale: convert(alone) for scale, alone in by_scale.items()})
 
 
 def _prepare_weights(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:

@@ -1,5 +1,6 @@
 """Detectron2's RPN with the anchors, samples and losses of the paper."""
 
+import functools
 from collections.abc import Sequence
 
 from detectron2.config import configurable
@@ -18,13 +19,14 @@ from ...config import ConfigError, check_values
 from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import select_proposals
-from ...samplers import build_anchor_sampler, name_counts
+from ...monitor import name_counts
+from ...samplers import build_anchor_sampler
 from ..build import LOG_PERIOD, SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .data import ignore_boxes_of
 
 
 def log_counts(storage: EventStorage, stage: str, scales: Sequence[float], num_pos: Tensor, num_neg: Tensor) -> None:
-    """Log :func:`~group_sampling.samplers.name_counts` in iterations that are written: to read them back is a wait."""
+    """Log :func:`~group_sampling.monitor.name_counts` in iterations that are written: to read them back is a wait."""
     if storage.iter % LOG_PERIOD == 0 or (storage.iter + 1) % LOG_PERIOD == 0:
         for name, count in name_counts(stage, scales, num_pos.tolist(), num_neg.tolist()).items():
             storage.put_scalar(name, count)
@@ -151,23 +153,52 @@ class GroupSamplingRPN(RPN):
         losses = self._losses(grid, predict_from(logits, deltas), gt_instances) if self.training else {}
         if self.training and self.single_stage:
             return [Instances(size) for size in images.image_sizes], losses
+        return self._propose(grid, logits, deltas, images.image_sizes), losses
+
+    def propose_by_scale(
+        self, images: ImageList, features: dict[str, Tensor]
+    ) -> tuple[list[Instances], dict[float, list[Instances]]]:
+        """What :meth:`forward` proposes at test time, and what the anchors of each scale would by themselves.
+
+        One pass of the head gives both.
+
+        Returns:
+            proposals: per image.
+            by_scale: scale in pixels -> per image, with the same limits for a scale as for all together.
+        """
+        features = [features[f] for f in self.in_features]
+        grid = self.grid(features)
+        logits, deltas = flatten_predictions(*self.rpn_head(features))
+        propose = functools.partial(self._propose, grid, logits, deltas, images.image_sizes)
+        return propose(), {scale: propose(group=group) for group, scale in enumerate(grid.scales)}
+
+    def _propose(
+        self,
+        grid: AnchorGrid,
+        logits: Tensor,
+        deltas: Tensor,
+        image_sizes: list[tuple[int, int]],
+        *,
+        group: int | None = None,
+    ) -> list[Instances]:
         selected = select_proposals(
             grid,
             logits.detach(),
             deltas.detach(),
-            images.image_sizes,
+            image_sizes,
             pre_nms_topk=self.pre_nms_topk[self.training],
             post_nms_topk=self.post_nms_topk[self.training],
             nms_thresh=self.nms_thresh,
             min_size=self.min_box_size,
+            group=group,
         )
         proposals = []
-        for size, image in zip(images.image_sizes, selected):
+        for size, image in zip(image_sizes, selected):
             proposal = Instances(size, proposal_boxes=Boxes(image.boxes), objectness_logits=image.logits)
             if not self.training:  # ROI heads append ground truth to training proposals, and it has no anchor
                 proposal.anchor_scales = image.anchor_scales
             proposals.append(proposal)
-        return proposals, losses
+        return proposals
 
     def grid(self, features: list[Tensor]) -> AnchorGrid:
         """The anchors of ``features`` (per level (B, C, H, W)) as lattices, in the order of the anchor generator."""
@@ -180,6 +211,9 @@ class GroupSamplingRPN(RPN):
         storage = get_event_storage()
         gt_boxes = [x.gt_boxes.tensor for x in targets]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes_of(targets), iteration=storage.iter)
+        fired = getattr(self.rpn_head, "fired", None)
+        if fired is not None:
+            self.criterion.monitor.add_units(fired)
         log_counts(storage, "rpn", grid.scales, result.num_pos, result.num_neg)
         seconds = self.criterion.sampler.timer.seconds
         if seconds is not None:

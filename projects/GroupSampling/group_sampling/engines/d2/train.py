@@ -3,9 +3,10 @@
 import argparse
 import functools
 import logging
+import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -28,18 +29,22 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from ...checkpoint import CheckpointMixin
+from ... import stop
+from ...checkpointer import CheckpointMixin
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
+from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, is_due
+from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
+from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .tta import GroupSamplingTTA
@@ -58,6 +63,7 @@ _REPLACED_KEYS = (
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.BACKBONE.BOTTOM_UP": modeling.BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
     "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
@@ -74,18 +80,27 @@ class GroupSamplingCheckpointer(CheckpointMixin, DetectionCheckpointer):
 class _ReadsLate:
     """A trainer of Detectron2 that reads its losses back, and gathers them, when the log is written: in one go."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses
+    def __init__(self, cfg: CfgNode, model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer):
+        super().__init__(model, loader, optimizer)
+        self._clipper = GradientClipper(cfg, optimizer)
+        self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses and "grad_norm"
+
+    def run_step(self) -> None:
+        super().run_step()
+        self._unread[-1][2]["grad_norm"] = self._clipper.norm
 
     def _write_metrics(self, loss_dict: dict[str, Tensor], data_time: float, *args, **kwargs) -> None:
         self._unread.append((self.iter, data_time, {name: loss.detach() for name, loss in loss_dict.items()}))
 
-    def read_metrics(self) -> None:
-        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time."""
-        iterations, data_times, losses = zip(*self._unread)
+    def read_metrics(self) -> list[float]:
+        """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time.
+
+        Returns:
+            The norms of the gradients in them.
+        """
+        iterations, data_times, scalars = zip(*self._unread)
         self._unread.clear()
-        names, values = list(losses[0]), torch.stack([torch.stack(list(step.values())).float() for step in losses])
+        names, values = list(scalars[0]), torch.stack([torch.stack(list(step.values())).float() for step in scalars])
         ranks = comm.gather((values.tolist(), data_times))
         storage = get_event_storage()
         for i, iteration in enumerate(iterations):
@@ -94,9 +109,12 @@ class _ReadsLate:
             if comm.is_main_process():
                 put("data_time", max(times[i] for _, times in ranks))
                 means = [float(np.mean(column)) for column in zip(*(rows[i] for rows, _ in ranks))]
-                put("total_loss", sum(means))
-                for name, mean in zip(names, means):
-                    put(name, mean)
+                named = dict(zip(names, means))
+                put("total_loss", sum(mean for name, mean in named.items() if name != "grad_norm"))
+                for name, mean in named.items():
+                    if math.isfinite(mean):  # the norm is not where a gradient scaler skipped the step
+                        put(name, mean)
+        return values[:, names.index("grad_norm")].tolist()
 
 
 class _SimpleTrainer(_ReadsLate, SimpleTrainer):
@@ -104,7 +122,9 @@ class _SimpleTrainer(_ReadsLate, SimpleTrainer):
 
 
 class _AMPTrainer(_ReadsLate, AMPTrainer):
-    pass
+    def after_backward(self) -> None:
+        super().after_backward()
+        self.grad_scaler.unscale_(self.optimizer)  # before they are clipped
 
 
 class Trainer(DefaultTrainer):
@@ -132,7 +152,8 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         self._guard = FiniteLossGuard(optimizer)
         model.register_forward_hook(functools.partial(_watch_losses, self._guard))
-        self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(model, loader, optimizer)
+        self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(cfg, model, loader, optimizer)
+        self._health = HealthLog(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
@@ -142,26 +163,50 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
+        check_start(self.cfg, self.start_iter)
         if self.start_iter > 0:  # the loader of __init__ starts at iteration 0
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
             # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
+    @stop.handler.deferred()
+    def train(self):
+        return super().train()
+
     def after_step(self) -> None:
-        if is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
+        stops = self._guard.stop_signal and self.iter + 1 < self.max_iter
+        if stops or is_due(self.iter, self.max_iter, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD):
             self._guard.check()
         if is_due(self.iter, self.max_iter):
-            self._trainer.read_metrics()
-        super().after_step()
+            norms = self._trainer.read_metrics()
+            if comm.is_main_process():
+                for name, value in self._health.read(self.iter, norms).items():
+                    self.storage.put_scalar(name, value, smoothing_hint=False)
+        try:
+            super().after_step()
+        except stop.Stopped as stopped:  # in an evaluation
+            stop.save_and_stop(self.checkpointer, self.iter, stopped.number)
+        if stops:
+            stop.save_and_stop(self.checkpointer, self.iter, self._guard.stop_signal)
 
     def after_train(self) -> None:
         super().after_train()
-        if self.data_loader.summary():
-            logging.getLogger(__name__).warning(self.data_loader.summary())
+        if self.iter < self.max_iter:  # an error ends the training, and other processes may not be here
+            return
+        left_out = self.data_loader.summary()
+        if left_out:
+            logging.getLogger(__name__).warning(left_out)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's; on a GPU fused, so that :class:`FiniteLossGuard` and gradient scalers need not wait."""
+        """Detectron2's; on a GPU fused, so that :class:`FiniteLossGuard` and gradient scalers need not wait.
+
+        It does not clip: :class:`GradientClipper` does, since Detectron2's own way knows no "full_model" and would clip
+        the scaled gradients of a fused optimizer.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         optimizer = super().build_optimizer(cfg, model)
         if next(model.parameters()).device.type == "cpu":
             return optimizer
@@ -182,11 +227,11 @@ class Trainer(DefaultTrainer):
         return cls._build_loader(cfg, images[comm.get_rank() :: comm.get_world_size()])
 
     @staticmethod
-    def _build_loader(cfg: CfgNode, images: list[dict]):
+    def _build_loader(cfg: CfgNode, images: list[dict], *, skip_unreadable: bool = False):
         """Loader of this process's images. There may be none, which Detectron2's sampler and serialization refuse."""
         return build_detection_test_loader(
             DatasetFromList(images, copy=False, serialize=False),
-            mapper=GroupSamplingMapper(cfg, is_train=False),
+            mapper=GroupSamplingMapper(cfg, is_train=False, skip_unreadable=skip_unreadable),
             sampler=SequentialSampler(images),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
@@ -199,6 +244,7 @@ class Trainer(DefaultTrainer):
         return GroupSamplingEvaluator(cfg, dataset_name)
 
     @classmethod
+    @stop.handler.at_once()
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None, *, resume: bool = False):
         """``DefaultTrainer.test``, on the image pyramid of ``TEST.PYRAMID`` if its ``SCALES`` are set.
 
@@ -214,7 +260,7 @@ class Trainer(DefaultTrainer):
             evaluator = cls.build_evaluator(cfg, name)
             if isinstance(evaluator, GroupSamplingEvaluator):
                 share = evaluator.start(model, resume=resume)
-                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)))
+                loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)), skip_unreadable=True)
             else:
                 loader = cls.build_test_loader(cfg, name)
             results[name] = inference_on_dataset(detector, loader, evaluator)
@@ -229,6 +275,14 @@ def _watch_losses(
     """Forward hook. Detectron2 itself raises on the main process only, and the others wait until they time out."""
     if model.training:
         guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
+
+
+def _without_traceback(entry: logging.LogRecord) -> bool:
+    """Log filter: what a user can mend is a message in Detectron2's log as well."""
+    if entry.exc_info and entry.exc_info[1] is not None and is_expected(entry.exc_info[1]):
+        entry.msg, entry.args = f"Training ended: {describe(entry.exc_info[1])}", ()
+        entry.exc_info = None
+    return True
 
 
 def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") -> CfgNode:
@@ -252,6 +306,11 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     )
     for key, registry in _REGISTRIES.items():
         check_values(cfg, {key: [name for name, _ in registry]}, "Detectron2 has no other registered")
+    if cfg.MODEL.BACKBONE.NAME == TORCHVISION_BACKBONE:
+        check_torchvision_backbone(cfg)
+    if cfg.TEST.SUB_DETECTORS:
+        reason = "other ones cannot do TEST.SUB_DETECTORS; with that False there is no AP@16, ..."
+        check_values(cfg, {"MODEL.META_ARCHITECTURE": ("GroupSamplingRCNN",)}, reason)
     return cfg
 
 
@@ -261,6 +320,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="group_sampling")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     register_datasets(cfg)
     return cfg
 

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...detections import Detections
 from ..build import build_pyramid
+from .rcnn import to_detections
 
 
 class GroupSamplingTTA(nn.Module):
@@ -16,8 +17,8 @@ class GroupSamplingTTA(nn.Module):
 
     Its inputs and outputs are those of ``model`` in eval mode, as with ``GeneralizedRCNNWithTTA``, so it goes wherever
     the model goes: ``inference_on_dataset`` with any evaluator, or ``predictor.model = GroupSamplingTTA(cfg,
-    predictor.model)`` for a ``DefaultPredictor``. Of the outputs, ``pred_boxes``, ``scores``, ``pred_classes`` and
-    ``anchor_scales`` (where the model has them) are kept; masks and keypoints are not.
+    predictor.model)`` for a ``DefaultPredictor``. Of the outputs, ``pred_boxes``, ``scores``, ``pred_classes`` and,
+    where the model has them, ``anchor_scales`` and "sub_detectors" are kept; masks and keypoints are not.
 
     The levels are made of the ``image`` of an input, which should have its original pixels:
     :class:`~group_sampling.engines.d2.data.GroupSamplingMapper` leaves images as they are when ``TEST.PYRAMID.SCALES``
@@ -36,18 +37,24 @@ class GroupSamplingTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        return [{"instances": self._detect_image(x)} for x in batched_inputs]
+        return [self._detect_image(x) for x in batched_inputs]
 
-    def _detect_image(self, x: dict) -> Instances:
+    def _detect_image(self, x: dict) -> dict:
         image = x["image"].to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         size = x.get("height", image.shape[0]), x.get("width", image.shape[1])
         found = self.pyramid(image, self._detect_tile, size)
-        instances = Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.classes)
-        if found.anchor_scales is not None:
-            instances.anchor_scales = found.anchor_scales
-        return instances
+        output = {"instances": _to_instances(found, size)}
+        if found.sub_detectors is not None:
+            by_scale = found.sub_detectors.items()
+            output["sub_detectors"] = {scale: _to_instances(alone, size) for scale, alone in by_scale}
+        return output
 
     def _detect_tile(self, tile: np.ndarray) -> Detections:
-        instances = self.model([{"image": torch.from_numpy(tile).permute(2, 0, 1)}])[0]["instances"]
-        scales = instances.anchor_scales if instances.has("anchor_scales") else None
-        return Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes, scales)
+        return to_detections(self.model([{"image": torch.from_numpy(tile).permute(2, 0, 1)}])[0])
+
+
+def _to_instances(found: Detections, size: tuple[int, int]) -> Instances:
+    instances = Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.classes)
+    if found.anchor_scales is not None:
+        instances.anchor_scales = found.anchor_scales
+    return instances

@@ -1,4 +1,4 @@
-"""torchvision's ResNet and feature pyramid network, with the widths, norms and levels that a config asks for."""
+"""torchvision's networks and feature pyramid, with the widths, norms and levels that a config asks for."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-from .config import FPN_BACKBONE
+from .config import FPN_BACKBONES
+from .extractor import TORCHVISION_BACKBONE, TorchvisionBody, stages_in_use
 
 NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -127,9 +128,9 @@ class BilinearFPN(FeaturePyramidNetwork):
 
 
 class Backbone(nn.Module):
-    """A ResNet, with or without FPN, that returns the features of the RPN in its order."""
+    """A network, with or without FPN, that returns the features of the RPN in its order."""
 
-    def __init__(self, body: ResNetBody, fpn: BilinearFPN | None, out_features: Sequence[str]):
+    def __init__(self, body: ResNetBody | TorchvisionBody, fpn: BilinearFPN | None, out_features: Sequence[str]):
         super().__init__()
         self.body = body
         self.fpn = fpn
@@ -145,22 +146,32 @@ class Backbone(nn.Module):
 def build_backbone(cfg: CfgNode) -> Backbone:
     """The backbone of a config that :func:`~group_sampling.engines.tv.config.load_config` has checked."""
     resnets, out_features = cfg.MODEL.RESNETS, cfg.MODEL.RPN.IN_FEATURES
-    has_fpn = cfg.MODEL.BACKBONE.NAME == FPN_BACKBONE
+    has_fpn = cfg.MODEL.BACKBONE.NAME in FPN_BACKBONES
     stages = [stage_of(feature) for feature in (cfg.MODEL.FPN.IN_FEATURES if has_fpn else out_features)]
-    body = ResNetBody(
-        resnets.DEPTH,
-        norm=resnets.NORM,
-        stem_channels=resnets.STEM_OUT_CHANNELS,
-        res2_channels=resnets.RES2_OUT_CHANNELS,
-        num_groups=resnets.NUM_GROUPS,
-        width_per_group=resnets.WIDTH_PER_GROUP,
-        last_stage=max(stages),
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
+    if cfg.MODEL.BACKBONE.NAME == TORCHVISION_BACKBONE:
+        body = TorchvisionBody(
+            cfg.MODEL.BACKBONE.TORCHVISION_NAME,
+            stages_in_use(cfg, out_features),
+            norm=resnets.NORM,
+            freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        )
+        channels = body.channels
+    else:
+        body = ResNetBody(
+            resnets.DEPTH,
+            norm=resnets.NORM,
+            stem_channels=resnets.STEM_OUT_CHANNELS,
+            res2_channels=resnets.RES2_OUT_CHANNELS,
+            num_groups=resnets.NUM_GROUPS,
+            width_per_group=resnets.WIDTH_PER_GROUP,
+            last_stage=max(stages),
+            freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        )
+        channels = {stage: resnets.RES2_OUT_CHANNELS * 2 ** (stage - 2) for stage in stages}
     fpn = None
     if has_fpn:
         fpn = BilinearFPN(
-            {stage: resnets.RES2_OUT_CHANNELS * 2 ** (stage - 2) for stage in stages},
+            channels,
             [stage_of(feature) for feature in out_features],
             cfg.MODEL.FPN.OUT_CHANNELS,
             _NORMS[cfg.MODEL.FPN.NORM],

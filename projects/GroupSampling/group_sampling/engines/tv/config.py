@@ -8,8 +8,9 @@ from fvcore.common.config import CfgNode
 from ...config import ConfigError, add_group_sampling_config, check_values, merge_config
 from ...losses import BOX_LOSSES
 from ..build import GROUPED_HEADS, SINGLE_STAGE_HEADS, check_config
+from .extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 
-FPN_BACKBONE = "build_group_sampling_fpn_backbone"
+FPN_BACKBONES = ("build_group_sampling_fpn_backbone", TORCHVISION_BACKBONE)
 RESNET_BACKBONES = ("build_group_sampling_resnet_backbone", "build_resnet_backbone")
 
 # Detectron2's defaults, written as configs are: a string in parentheses is a tuple.
@@ -50,7 +51,8 @@ DATASETS: {TRAIN: (), TEST: ()}
 DATALOADER: {NUM_WORKERS: 4, FILTER_EMPTY_ANNOTATIONS: True}
 SOLVER: {LR_SCHEDULER_NAME: WarmupMultiStepLR, MAX_ITER: 40000, BASE_LR: 0.001, MOMENTUM: 0.9, NESTEROV: False,
          WEIGHT_DECAY: 0.0001, WEIGHT_DECAY_NORM: 0.0, GAMMA: 0.1, STEPS: "(30000,)", WARMUP_FACTOR: 0.001,
-         WARMUP_ITERS: 1000, WARMUP_METHOD: linear, CHECKPOINT_PERIOD: 5000, IMS_PER_BATCH: 16}
+         WARMUP_ITERS: 1000, WARMUP_METHOD: linear, CHECKPOINT_PERIOD: 5000, IMS_PER_BATCH: 16,
+         CLIP_GRADIENTS: {ENABLED: False, CLIP_TYPE: value, CLIP_VALUE: 1.0, NORM_TYPE: 2.0}}
 TEST: {EVAL_PERIOD: 0, DETECTIONS_PER_IMAGE: 100}
 OUTPUT_DIR: ./output
 SEED: -1
@@ -65,7 +67,8 @@ _ALLOWED = {
     "MODEL.MASK_ON": (False,),
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False,),
-    "MODEL.BACKBONE.NAME": (FPN_BACKBONE, *RESNET_BACKBONES),
+    "MODEL.BACKBONE.NAME": (*FPN_BACKBONES, *RESNET_BACKBONES),
+    "MODEL.BACKBONE.BOTTOM_UP": ("build_group_sampling_resnet_backbone",),
     "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101),
     "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "GN"),
@@ -139,7 +142,11 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, saved: str = "") 
     check_values(cfg, _ALLOWED, reason)
     check_values(cfg, _ALLOWED_HEADS[cfg.MODEL.ROI_HEADS.NAME], f"with {cfg.MODEL.ROI_HEADS.NAME}, {reason}")
     check_config(cfg)
-    _check_resnet(cfg)
+    if cfg.MODEL.BACKBONE.NAME == TORCHVISION_BACKBONE:
+        check_torchvision_backbone(cfg)
+        _check_levels(cfg.MODEL)
+    else:
+        _check_resnet(cfg)
     _check_roi_features(cfg.MODEL)
     return cfg
 
@@ -148,7 +155,7 @@ def _check_resnet(cfg: CfgNode) -> None:
     model = cfg.MODEL
     resnets, fpn, rpn = model.RESNETS, model.FPN, model.RPN
     stages = [f"res{stage}" for stage in range(2, 6)]
-    has_fpn = model.BACKBONE.NAME == FPN_BACKBONE
+    has_fpn = model.BACKBONE.NAME in FPN_BACKBONES
     key, used = ("MODEL.FPN.IN_FEATURES", fpn.IN_FEATURES) if has_fpn else ("MODEL.RPN.IN_FEATURES", rpn.IN_FEATURES)
     available = [stage for stage in stages if stage in resnets.OUT_FEATURES]
     if not used or not set(used) <= set(available):
@@ -156,11 +163,7 @@ def _check_resnet(cfg: CfgNode) -> None:
     if has_fpn:
         if list(used) != stages[stages.index(used[0]) :][: len(used)]:
             raise ConfigError(f"{key}: expected consecutive stages, finest first, got {used}")
-        levels = [f"p{feature[3:]}" for feature in used]
-        if not rpn.IN_FEATURES or not set(rpn.IN_FEATURES) <= set(levels):
-            raise ConfigError(
-                f"MODEL.RPN.IN_FEATURES: expected some of the FPN's levels {levels}, got {rpn.IN_FEATURES}"
-            )
+        _check_levels(model)
     if resnets.DEPTH < 50:
         check_values(cfg, {"MODEL.RESNETS.NUM_GROUPS": (1,)}, f"ResNet-{resnets.DEPTH} has no groups")
     elif resnets.RES2_OUT_CHANNELS % 4 or (256 * resnets.WIDTH_PER_GROUP) % resnets.RES2_OUT_CHANNELS:
@@ -168,6 +171,12 @@ def _check_resnet(cfg: CfgNode) -> None:
             "MODEL.RESNETS.RES2_OUT_CHANNELS: torchvision's Bottleneck expects a multiple of 4 that divides "
             f"256 * MODEL.RESNETS.WIDTH_PER_GROUP = {256 * resnets.WIDTH_PER_GROUP}, got {resnets.RES2_OUT_CHANNELS}"
         )
+
+
+def _check_levels(model: CfgNode) -> None:
+    levels, used = [f"p{feature[3:]}" for feature in model.FPN.IN_FEATURES], model.RPN.IN_FEATURES
+    if not used or not set(used) <= set(levels):
+        raise ConfigError(f"MODEL.RPN.IN_FEATURES: expected some of the FPN's levels {levels}, got {used}")
 
 
 def _check_roi_features(model: CfgNode) -> None:

@@ -60,8 +60,12 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(folder, purge_step=start_iter)
         self._history: dict[str, HistoryBuffer] = defaultdict(partial(HistoryBuffer, _ETA_WINDOW))
 
-    def step(self, iteration: int, scalars: dict[str, float], lr: float) -> None:
-        """Record the scalars of an iteration: "time", "data_time", ... in seconds, losses, counts."""
+    def step(self, iteration: int, scalars: dict[str, float], lr: float, health: dict[str, float]) -> None:
+        """Record the scalars of an iteration: "time", "data_time", ... in seconds, losses, counts.
+
+        Args:
+            health: in an iteration that is written, of :meth:`~group_sampling.engines.step.HealthLog.read`.
+        """
         for name, value in scalars.items():
             self._history[name].update(value)
         if (iteration + 1) % LOG_PERIOD and iteration + 1 < self._max_iter:
@@ -72,8 +76,9 @@ class MetricWriter:
             for name, history in self._history.items()
         }
         eta = self._history["time"].median(_ETA_WINDOW) * (self._max_iter - iteration - 1)
-        self.write(iteration, {**smooth, "lr": lr, "eta_seconds": eta})
-        losses = "  ".join(f"{name}: {value:.4g}" for name, value in smooth.items() if "loss" in name)
+        self.write(iteration, {**smooth, **health, "lr": lr, "eta_seconds": eta})
+        shown = [name for name in smooth if "loss" in name or name == "grad_norm"]
+        losses = "  ".join(f"{name}: {smooth[name]:.4g}" for name in shown)
         memory = f"  max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M" if torch.cuda.is_available() else ""
         logger.info(
             f"eta: {datetime.timedelta(seconds=int(eta))}  iter: {iteration}  {losses}  time: {smooth['time']:.4f}  "

@@ -1,7 +1,8 @@
 """The paper's detectors as subclasses of torchvision's detection models.
 
-The modules have torchvision's names: ``backbone.body`` is a torchvision ResNet without its classifier, ``backbone.fpn``
-a ``FeaturePyramidNetwork``. Parameters have the shapes of the Detectron2 engine's, so weights convert both ways.
+The modules have torchvision's names: ``backbone.body`` is a torchvision network without its classifier,
+``backbone.fpn`` a ``FeaturePyramidNetwork``. Parameters have the shapes of the Detectron2 engine's, so weights convert
+both ways.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from ...detections import Detections
 from ...head import SoftmaxRPNHead
 from ...inference import Proposals, proposals_to_detections
 from ..build import SINGLE_STAGE_HEADS, AnchorLayout, build_criterion, common_channels
 from .backbone import build_backbone, stage_of
-from .config import FPN_BACKBONE
+from .config import FPN_BACKBONES
 from .roi_heads import build_grouped_roi_heads
 from .rpn import GroupedAnchorGenerator, GroupSamplingRPN
 from .sampling import SamplingModule
@@ -82,15 +84,39 @@ class GroupSamplingRCNN(GeneralizedRCNN):
     each: "boxes" (m, 4) XYXY in pixels, optionally "ignore_boxes" (k, 4), and with a second stage "labels" (m,),
     0 ... K - 1. Returns the losses, "loss_rpn_cls" and "loss_rpn_loc" of the RPN and "loss_cls" and "loss_box_reg" of a
     second stage, while training, else per image what :meth:`ProposalDetections.forward` describes, in pixels of the
-    image given.
+    image given, and with ``sub_detectors`` (Sec. 6.1) under "sub_detectors" such a dict of each anchor scale: what its
+    anchors find by themselves.
     """
+
+    def __init__(self, *args, sub_detectors: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sub_detectors = sub_detectors
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if self.training and targets and targets[0]["boxes"].device.type != "cpu":
             return self.losses(images, targets)
+        if self.sub_detectors and not self.training:
+            return self._detect(images)
         return super().forward(images, targets)
+
+    def _detect(self, images: list[Tensor]) -> list[dict[str, Tensor | dict[float, dict[str, Tensor]]]]:
+        """As ``GeneralizedRCNN.forward`` does at test time; backbone and head run once for all sub-detectors."""
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, _ = self.transform(images)
+        features = self.backbone(batch.tensors)
+
+        def finish(proposals: list[Proposals]) -> list[dict[str, Tensor]]:
+            detections, _ = self.roi_heads(features, proposals, batch.image_sizes)
+            return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
+
+        proposals, by_scale = self.rpn.propose_by_scale(batch, features)
+        found = finish(proposals)
+        for scale, proposals in by_scale.items():
+            for output, alone in zip(found, finish(proposals)):
+                output.setdefault("sub_detectors", {})[scale] = alone
+        return found
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What :meth:`forward` returns while training, without its check of the boxes, which waits for a GPU.
@@ -115,6 +141,24 @@ class GroupSamplingRCNN(GeneralizedRCNN):
         return {**self.rpn.sample_counts, **getattr(self.roi_heads, "sample_counts", {})}
 
 
+def to_detections(output: dict) -> Detections:
+    """One of the outputs of a :class:`GroupSamplingRCNN` in eval mode."""
+    by_scale = output.get("sub_detectors")
+    return Detections(
+        *(output[name] for name in ("boxes", "scores", "labels", "anchor_scales")),
+        by_scale and {scale: to_detections(alone) for scale, alone in by_scale.items()},
+    )
+
+
+def from_detections(found: Detections) -> dict:
+    """The output that :func:`to_detections` reads."""
+    *columns, by_scale = found
+    output = dict(zip(("boxes", "scores", "labels", "anchor_scales"), columns))
+    if by_scale is not None:
+        output["sub_detectors"] = {scale: from_detections(alone) for scale, alone in by_scale.items()}
+    return output
+
+
 def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
     """The detector of a config that :func:`~group_sampling.engines.tv.config.load_config` has checked.
 
@@ -123,7 +167,7 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
     """
     model, rpn, heads = cfg.MODEL, cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
     stages = [stage_of(feature) for feature in rpn.IN_FEATURES]
-    has_fpn = model.BACKBONE.NAME == FPN_BACKBONE
+    has_fpn = model.BACKBONE.NAME in FPN_BACKBONES
     channels = {model.FPN.OUT_CHANNELS} if has_fpn else {model.RESNETS.RES2_OUT_CHANNELS * 2 ** (s - 2) for s in stages}
     in_channels = common_channels(channels)
     layout = AnchorLayout.from_config(cfg, [2**stage for stage in stages])
@@ -166,4 +210,5 @@ def build_model(cfg: CfgNode) -> GroupSamplingRCNN:
             # As in Detectron2: an FPN pads to its coarsest stride, a plain ResNet not at all.
             2 ** stage_of(model.FPN.IN_FEATURES[-1]) if has_fpn else 1,
         ),
+        sub_detectors=cfg.TEST.SUB_DETECTORS,
     )

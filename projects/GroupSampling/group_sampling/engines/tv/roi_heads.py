@@ -12,8 +12,8 @@ from torchvision.ops import RoIAlign, batched_nms, clip_boxes_to_image
 
 from ...inference import Proposals
 from ...losses import BOX_LOSSES, box_loss
+from ...monitor import name_counts
 from ...roi_sampling import ProposalSampler, build_proposal_sampler
-from ...samplers import name_counts
 from .sampling import SamplingModule
 
 

@@ -1,5 +1,6 @@
 """torchvision's RPN with the anchors, samples and losses of the paper."""
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from ...anchors import AnchorGrid, cell_anchors
 from ...criterion import AnchorCriterion
 from ...head import Predict, flatten_predictions, predict_from
 from ...inference import Proposals, select_proposals
-from ...samplers import name_counts
+from ...monitor import name_counts
 from ..build import AnchorLayout
 from .sampling import SamplingModule
 
@@ -78,22 +79,53 @@ class GroupSamplingRPN(SamplingModule, RegionProposalNetwork):
             return [], self._losses(grid, self.head.predictor(levels, grid), targets)
         logits, deltas = flatten_predictions(*self.head(levels))
         losses = self._losses(grid, predict_from(logits, deltas), targets) if self.training else {}
-        proposals = select_proposals(
+        return self._propose(grid, logits, deltas, images.image_sizes), losses
+
+    def propose_by_scale(
+        self, images: ImageList, features: dict[str, Tensor]
+    ) -> tuple[list[Proposals], dict[float, list[Proposals]]]:
+        """What :meth:`forward` proposes at test time, and what the anchors of each scale would by themselves.
+
+        One pass of the head gives both.
+
+        Returns:
+            proposals: per image.
+            by_scale: scale in pixels -> per image, with the same limits for a scale as for all together.
+        """
+        levels = list(features.values())
+        grid = self.anchor_generator.grid(levels)
+        logits, deltas = flatten_predictions(*self.head(levels))
+        propose = functools.partial(self._propose, grid, logits, deltas, images.image_sizes)
+        return propose(), {scale: propose(group=group) for group, scale in enumerate(grid.scales)}
+
+    def _propose(
+        self,
+        grid: AnchorGrid,
+        logits: Tensor,
+        deltas: Tensor,
+        image_sizes: list[tuple[int, int]],
+        *,
+        group: int | None = None,
+    ) -> list[Proposals]:
+        return select_proposals(
             grid,
             logits.detach(),
             deltas.detach(),
-            images.image_sizes,
+            image_sizes,
             pre_nms_topk=self.pre_nms_top_n(),
             post_nms_topk=self.post_nms_top_n(),
             nms_thresh=self.nms_thresh,
             min_size=self.min_size,
+            group=group,
         )
-        return proposals, losses
 
     def _losses(self, grid: AnchorGrid, predict: Predict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         gt_boxes = [target["boxes"] for target in targets]
         ignore_boxes = [target.get("ignore_boxes", boxes.new_zeros((0, 4))) for target, boxes in zip(targets, gt_boxes)]
         result = self.criterion(grid, predict, gt_boxes, ignore_boxes, iteration=self._next_iteration())
+        fired = getattr(self.head, "fired", None)
+        if fired is not None:
+            self.criterion.monitor.add_units(fired)
         self.sample_counts = name_counts("rpn", grid.scales, result.num_pos, result.num_neg)
         losses = {"loss_rpn_cls": result.classification, "loss_rpn_loc": result.localization}
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import clip_boxes_to_image
 
-from ...checkpoint import CheckpointMixin
+from ... import stop
+from ...checkpointer import CheckpointMixin
 from ...data.catalog import Catalog
-from ...data.loader import build_test_loader
+from ...data.loader import SkippedImage, build_test_loader
 from ...data.records import ImageRecord
-from ...detections import Detections
+from ...detections import Detections, map_lists
 from ...distributed import rank, world_size
 from ...env import collect_env
 from ...evaluation.run import Evaluation
@@ -37,15 +38,16 @@ from ..build import (
     build_test_transform,
     build_training_loader,
     check_datasets,
+    check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, is_due
+from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
-from .model import GroupSamplingRCNN, build_model
+from .model import GroupSamplingRCNN, build_model, to_detections
 from .tta import GroupSamplingTTA
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """
     norms, others = [], []
     for module in model.modules():
-        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else others
+        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) else others
         group += [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
     is_fused = next(model.parameters()).device.type != "cpu"
     return torch.optim.SGD(
@@ -112,6 +114,7 @@ def build_lr_schedule(cfg: CfgNode) -> ParamScheduler:
     )
 
 
+@stop.handler.deferred()
 def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool) -> dict[str, float]:
     """Train until ``SOLVER.MAX_ITER`` and evaluate.
 
@@ -124,6 +127,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     Raises:
         FloatingPointError: a loss is not finite; raised in every process, with no weight changed by it.
+        SystemExit: SIGTERM or SIGINT; a checkpoint has been written.
         ConfigError: the checkpoint to continue from is the other engine's.
     """
     optimizer = build_optimizer(cfg, model)
@@ -133,9 +137,10 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     catalog = Catalog(cfg.DATASETS)
     sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
     checkpointer.description = describe_training(cfg, get_cfg(), sources)
-    resume = resume and checkpointer.has_checkpoint()
     saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    resume = resume and checkpointer.has_checkpoint()
     start_iter = saved["iteration"] + 1 if resume else 0
+    check_start(cfg, start_iter)
     periodic_checkpointer = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
 
     model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count
@@ -150,7 +155,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
-    guard = FiniteLossGuard(optimizer)
+    guard, clipper, health = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer), HealthLog(cfg, model)
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
@@ -163,29 +168,38 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = train_step(parallel, optimizer, guard, batch, device, iteration)
-        scalars.append({"total_loss": sum(losses.values()), **losses, **model.sample_counts})
+        norm = {"grad_norm": clipper.norm}
+        scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **model.sample_counts})
         times = {"time": time.perf_counter() - start, "data_time": data_time}
         if model.rpn.criterion.sampler.timer.seconds is not None:
             times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
         logged.append((iteration, times, lr))
 
-        if is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
+        is_last = iteration + 1 == max_iter
+        stops = guard.stop_signal and not is_last
+        if stops or is_due(iteration, max_iter, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD):
             guard.check()
         if is_due(iteration, max_iter):
             means = _mean_over_ranks(scalars)
             if writer:
+                last = health.read(iteration, [values["grad_norm"] for values in means])
                 for (step, step_times, step_lr), values in zip(logged, means):
-                    writer.step(step, {**values, **step_times}, step_lr)
+                    writer.step(step, {**values, **step_times}, step_lr, last if step == iteration else {})
             logged.clear()
             scalars.clear()
         periodic_checkpointer.step(iteration)
-        is_last = iteration + 1 == max_iter
+        if stops:
+            stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
-            metrics = evaluate(cfg, model, device)
+            try:
+                metrics = evaluate(cfg, model, device)
+            except stop.Stopped as stopped:
+                stop.save_and_stop(checkpointer, iteration, stopped.number)
             if writer and metrics:
                 writer.write(iteration, metrics)
-    if loader.summary():
-        logger.warning(loader.summary())
+    left_out = loader.summary()
+    if left_out:
+        logger.warning(left_out)
     metrics = evaluate(cfg, model, device, resume=resume)
     if writer:
         if metrics:
@@ -218,6 +232,7 @@ def train_step(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+@stop.handler.at_once()
 def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resume: bool = False) -> dict[str, float]:
     """Detect on ``DATASETS.TEST``, each process on its share, and score on the main one.
 
@@ -230,7 +245,7 @@ def evaluate(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, re
         the mode in which it was.
 
     Raises:
-        UnreadableImageError: an image of the data set cannot be read.
+        BadDataError: more images cannot be read than ``DATALOADER.MAX_BAD_SHARE`` allows.
     """
     metrics = {}
     was_training = model.training
@@ -256,18 +271,29 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
         model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
     for done, example in enumerate(loader, start=1):
+        if isinstance(example, SkippedImage):
+            evaluation.skip(example.file, example.reason)
+            continue
         output = model([example.image.to(device).float()])[0]
-        (height, width), record = example.image.shape[-2:], example.record
-        factors = torch.tensor([record.width / width, record.height / height] * 2, device=device)
-        boxes = clip_boxes_to_image(output["boxes"] * factors, (record.height, record.width))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        found = boxes[keep], *(output[name][keep] for name in ("scores", "labels", "anchor_scales"))
-        evaluation.add(record.image_id, Detections(*found).numpy())
+        record = example.record
+        found = _rescale(to_detections(output), example.image.shape[-2:], (record.height, record.width))
+        evaluation.add(record.image_id, found.numpy())
         now = time.perf_counter()
         if now - last_report > _PROGRESS_SECONDS:
             eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))
             logger.info(f"{name}: {done} of {len(loader)} images, eta: {eta}")
             last_report = now
+
+
+def _rescale(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
+    """From an image of (height, width) ``size`` to the ``original`` one; boxes that have no area there are left out."""
+    factors = found.boxes.new_tensor([original[1] / size[1], original[0] / size[0]] * 2)
+
+    def rescale(found: Detections) -> Detections:
+        boxes = clip_boxes_to_image(found.boxes * factors, original)
+        return found._replace(boxes=boxes).select((boxes[:, 2:] > boxes[:, :2]).all(dim=1))
+
+    return map_lists(rescale, found)
 
 
 def _mean_over_ranks(steps: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from ...detections import Detections
 from ..build import build_pyramid
+from .model import from_detections, to_detections
 
 
 class GroupSamplingTTA(nn.Module):
     """A detector that looks at its images on the image pyramid of ``TEST.PYRAMID``.
 
     Takes and returns what ``model`` does in eval mode: a list of (3, H, W) images with integral values in [0, 255], at
-    their original size; per image "boxes", "scores", "labels" and "anchor_scales", best first, in pixels of that image.
+    their original size; per image "boxes", "scores", "labels" and "anchor_scales", best first, in pixels of that image,
+    and where the model has them "sub_detectors".
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
@@ -28,13 +30,6 @@ class GroupSamplingTTA(nn.Module):
 
     def _detect_image(self, image: Tensor) -> dict[str, Tensor]:
         def detect(tile: np.ndarray) -> Detections:
-            output = self.model([torch.from_numpy(tile).to(image.device).permute(2, 0, 1).float()])[0]
-            return Detections(output["boxes"], output["scores"], output["labels"], output["anchor_scales"])
+            return to_detections(self.model([torch.from_numpy(tile).to(image.device).permute(2, 0, 1).float()])[0])
 
-        found = self.pyramid(image.to(torch.uint8).permute(1, 2, 0).cpu().numpy(), detect)
-        return {
-            "boxes": found.boxes,
-            "scores": found.scores,
-            "labels": found.classes,
-            "anchor_scales": found.anchor_scales,
-        }
+        return from_detections(self.pyramid(image.to(torch.uint8).permute(1, 2, 0).cpu().numpy(), detect))

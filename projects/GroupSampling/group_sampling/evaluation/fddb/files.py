@@ -48,7 +48,7 @@ def read_fddb_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detect
                     f"{block.place}: expected each image once, got {block.image_id!r} again, first at {first}"
                 )
             x1y1, size, scores = block.rows[:, :2], block.rows[:, 2:4], block.rows[:, 4]
-            bad = (size < 0).any(axis=1) | (np.abs(block.rows[:, :4]) > MAX_COORDINATE).any(axis=1)
+            bad = np.any(size < 0, axis=1) | np.any(np.abs(block.rows[:, :4]) > MAX_COORDINATE, axis=1)
             check_rows(block, bad, f"w and h not negative, and coordinates up to {MAX_COORDINATE:g}")
             yield block.image_id, Detections(np.hstack([x1y1, x1y1 + size]), scores.copy())
     if not places:

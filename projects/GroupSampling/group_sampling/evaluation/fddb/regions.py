@@ -71,10 +71,10 @@ def overlaps(faces: Spans, detections: Spans) -> NDArray[np.float64]:
     height = faces.first.shape[1]
     step = max(1, _ELEMENTS_PER_BLOCK // height)
     for face, area in enumerate(face_areas.tolist()):
-        rows = np.flatnonzero(faces.last[face] >= faces.first[face])
-        if len(rows) == 0:
+        covered = np.flatnonzero(faces.last[face] >= faces.first[face])
+        if len(covered) == 0:
             continue
-        rows = slice(rows[0], rows[-1] + 1)
+        rows = slice(covered[0], covered[-1] + 1)
         for begin in range(0, len(areas), step):
             block = slice(begin, begin + step)
             first = np.maximum(faces.first[face, rows], detections.first[block, rows])

@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...files import save_figure
 from ..results import none_if_nan
+from ..thresholds import SCORES, ScoreCurve
 
 # False positives, over all images, at which papers state the true positive rate.
 OPERATING_POINTS = (200, 500, 1000)
@@ -29,6 +31,7 @@ class RocCurves:
         continuous: (p,) float64, the IoUs of the matched pairs divided by the number of faces.
         counts: ``images``, ``faces``, ``detections`` and ``images_without_predictions``.
         iou_thresh: a match counts as discrete true positive above it.
+        reported: scores of the table of thresholds.
     """
 
     thresholds: NDArray[np.float64]
@@ -37,11 +40,20 @@ class RocCurves:
     continuous: NDArray[np.float64]
     counts: dict[str, int]
     iou_thresh: float
+    reported: tuple[float, ...] = SCORES
 
     def at(self, num_false_positives: int) -> tuple[float, float]:
         """The highest discrete and continuous true positive rate with at most that many false positives."""
         allowed = self.false_positives <= num_false_positives
         return float(self.discrete[allowed].max()), float(self.continuous[allowed].max())
+
+    @property
+    def by_score(self) -> ScoreCurve:
+        """The discrete curve by score."""
+        num_faces = self.counts["faces"]
+        found = np.rint(np.nan_to_num(self.discrete[1:]) * num_faces).astype(np.int64)
+        curve = ScoreCurve(self.thresholds[1:], found, self.false_positives[1:], num_faces, self.counts["images"])
+        return curve.reporting(self.reported)
 
     def to_dict(self) -> dict:
         """Everything but the curves, for JSON; an undefined rate becomes None."""
@@ -56,6 +68,7 @@ class RocCurves:
                 "false_positives": int(self.false_positives[-1]),
             },
             "counts": self.counts,
+            "by_score": self.by_score.to_dict(),
         }
 
 
@@ -74,6 +87,10 @@ class FDDBResult:
         """Those of the curves, which agree."""
         return next(iter(self.curves.values())).counts
 
+    def reporting(self, scores: Sequence[float]) -> "FDDBResult":
+        """The same, with the tables of thresholds at these scores."""
+        return FDDBResult({name: replace(c, reported=tuple(map(float, scores))) for name, c in self.curves.items()})
+
     def metrics(self) -> dict[str, float]:
         """True positive rates in percent, ``discrete@n`` and ``continuous@n`` for n false positives.
 
@@ -89,7 +106,8 @@ class FDDBResult:
 
     def table(self) -> str:
         """Aligned text table, one line per curve: true positive rates in percent at the usual false positives, and the
-        last point of the curve. A rate at more false positives than the curve has is the one of its last point."""
+        last point of the curve. A rate at more false positives than the curve has is the one of its last point. Below
+        them the discrete curves by score."""
         width = max(len("ellipse"), *map(len, self.curves))
         points = "".join(f"{number:>7,}" for number in OPERATING_POINTS)
         head = f"{'':<{width}}  {'discrete TPR (%) at FP':<{len(points)}}  {'continuous TPR (%) at FP':<{len(points)}}"
@@ -100,6 +118,8 @@ class FDDBResult:
                 "".join(f"{'n/a' if math.isnan(rate) else f'{100 * rate:.2f}':>7}" for rate in row) for row in rates
             ]
             lines.append(f"{name:<{width}}  {columns[0]}  {columns[1]}  {curves.false_positives[-1]:>9,}")
+        for name, curves in self.curves.items():
+            lines += ["", name, curves.by_score.table()]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,9 +129,9 @@ class FDDBResult:
     def plot(self, path: str | os.PathLike, title: str = "FDDB") -> None:
         """Draw the discrete and the continuous ROC curves, atomically; the suffix gives the format of the image."""
         from matplotlib.figure import Figure  # draws off screen and leaves the caller's backend alone
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(wspace=0.05)
+        figure = Figure(figsize=(11, 5), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.05))
         figure.suptitle(title)
         end = max(*OPERATING_POINTS, *(int(curves.false_positives[-1]) for curves in self.curves.values()))
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("discrete", "continuous")):

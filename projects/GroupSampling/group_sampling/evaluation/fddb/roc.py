@@ -45,6 +45,7 @@ class FDDBRoc:
 
     def __init__(self, images: Iterable[FDDBImage]) -> None:
         self._images: dict[str, FDDBImage] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
         for image in images:
             if image.image_id in self._images:
                 raise ValueError(f"images: expected each image once, got {image.image_id!r} again")
@@ -52,6 +53,7 @@ class FDDBRoc:
                 limit = f"a height and width of at most {MAX_IMAGE_SIDE} pixels"
                 raise ValueError(f"image {image.image_id!r}: expected {limit}, got {image.size}")
             self._images[image.image_id] = image
+            self._sizes[image.image_id] = image.size
         self._faces: dict[str, Spans] = {}  # filled when needed
         self._detections: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
 
@@ -182,12 +184,13 @@ class FDDBRoc:
         self, image: FDDBImage, boxes: NDArray[np.float64], regressor: EllipseRegressor | None
     ) -> NDArray[np.float64]:
         """(m, k) IoU of the faces and detections of an image."""
+        height, width = self._sizes[image.image_id]
         if image.image_id not in self._faces:
-            self._faces[image.image_id] = ellipse_spans(image.ellipses, *image.size)
+            self._faces[image.image_id] = ellipse_spans(image.ellipses, height, width)
         if regressor is None:
-            regions = rectangle_spans(boxes, *image.size)
+            regions = rectangle_spans(boxes, height, width)
         else:
-            regions = ellipse_spans(regressor(boxes), *image.size)
+            regions = ellipse_spans(regressor(boxes), height, width)
         return overlaps(self._faces[image.image_id], regions)
 
     def _fit(self, progress: Callable[[Iterable], Iterable]) -> dict[int, EllipseRegressor]:

@@ -1,8 +1,8 @@
-"""Average precision by the WIDER FACE protocol: Easy, Medium, Hard, All and per anchor scale (paper, Sec. 6.1)."""
+"""Average precision by the WIDER FACE protocol: Easy, Medium, Hard, All and of each sub-detector (paper, Sec. 6.1)."""
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from ...detections import Detections
 from ...scales import scale_borders
 from ..results import Curve, check_new_image
 from .ground_truth import read_official_ground_truth
-from .result import WiderFaceResult, area_under_envelope
+from .result import WiderFaceResult, area_under_envelope, curve_by_score
 
 # Pairs of a detection and a face whose IoU is computed at once: bounds memory, and the temporaries stay in the cache.
 _PAIRS_PER_BLOCK = 1 << 15
@@ -26,13 +26,18 @@ class _Matched(NamedTuple):
 
     scores: NDArray[np.float64]
     taken: NDArray[np.int32]  # index of the face that each takes, or the code of none
-    scale_ids: NDArray[np.int8]  # index into the scales, -1 without anchor_scales
-    size_ids: NDArray[np.int8]  # index of the scale nearest to the box
+    size_ids: NDArray[np.int8]  # index of the size nearest to the box
 
 
-_NO_DETECTIONS = _Matched(
-    np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int8)
-)
+class _ResultSet(NamedTuple):
+    """The detections of a detector, or of a sub-detector."""
+
+    name: str
+    updates: dict[str, _Matched]  # by image id
+    score_range: tuple[float, float]  # lowest and highest score
+
+
+_NO_DETECTIONS = _Matched(np.empty(0), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int8))
 
 
 class WiderFaceAP:
@@ -55,24 +60,22 @@ class WiderFaceAP:
     - ``"all"``: every face counts that is neither ignored nor empty. Detections in an image without any box are false
       positives. (WIDER FACE annotates a face-less image with one box 0 0 0 0, so they are there as well; a parser
       that drops such boxes changes nothing.)
-    - ``"@s"`` for each s of ``scales``: AP of one anchor scale on All. Detections with ``anchor_scales == s`` take
-      part, faces count whose √(w·h) is nearest to s in log scale among ``scales`` (the smaller one on a tie), the other
-      faces are ignore regions. Scores keep the normalization of the whole set: a threshold is the same score in every
-      curve. Reported when the updates give ``anchor_scales``. With a single scale it equals ``"all"``.
-    - ``"size s"`` for each s of ``scales``, with ``by_size``: AP of one range of face sizes on All, for detections that
-      do not say which anchor produced them. Faces count as for ``"@s"`` and the others are ignore regions; a detection
-      without a face counts by its own √(w·h), as COCO has it for its area ranges. Not the paper's @s: there, a face
-      that another scale's anchors detect is missed.
+    - ``"@s"``, the paper's AP of a sub-detector: ``"all"`` of what the anchors of scale s find by themselves, a result
+      set of its own, whose scores are normalized over itself. Every face of All counts. Reported for the scales of the
+      updates' ``sub_detectors``.
+    - ``"size s"`` for each s of ``sizes``: AP of one range of face sizes on All. Faces count whose √(w·h) is nearest to
+      s in log scale among ``sizes`` (the smaller one on a tie), the other faces are ignore regions; a detection without
+      a face counts by its own √(w·h), as COCO has it for its area ranges. Not the paper's @s: there all faces count,
+      and a face that another scale's anchors detect is missed.
 
-    Memory: 14 bytes per detection, and about four times as much for the moment of ``compute``.
+    Memory: 13 bytes per detection, and about four times as much for the moment of ``compute``.
 
     Args:
         boxes: (m, 4) XYXY of the annotated faces of every image, by image id, in pixels; m may be 0. An empty or
-            inverted box never counts in ``"all"`` and ``"@s"``.
+            inverted box never counts in ``"all"``, ``"@s"`` and ``"size s"``.
         ignore: (m,) bool by image id, faces that are ignore regions; images that are missing here have none.
         subsets: for each named subset, (m,) bool by image id, the faces that it keeps; ignored faces never count.
-        scales: anchor scales in pixels, ascending.
-        by_size: report ``"size s"``.
+        sizes: in pixels, ascending; none: no ``"size s"``.
         iou_thresh: in (0, 1].
         num_thresholds: number of score thresholds, at least 1.
 
@@ -86,8 +89,7 @@ class WiderFaceAP:
         *,
         ignore: Mapping[str, ArrayLike] | None = None,
         subsets: Mapping[str, Mapping[str, ArrayLike]] | None = None,
-        scales: Sequence[float] = (16, 32, 64, 128),
-        by_size: bool = False,
+        sizes: Sequence[float] = (),
         iou_thresh: float = 0.5,
         num_thresholds: int = 1000,
     ) -> None:
@@ -95,34 +97,33 @@ class WiderFaceAP:
             raise ValueError(f"iou_thresh: expected a number in (0, 1], got {iou_thresh}")
         if num_thresholds < 1:
             raise ValueError(f"num_thresholds: expected at least 1, got {num_thresholds}")
-        self._scales = np.asarray(scales, dtype=np.float64)
-        if self._scales.ndim != 1 or len(self._scales) == 0 or not (np.diff(self._scales, prepend=0) > 0).all():
-            raise ValueError(f"scales: expected at least one, positive and ascending, got {list(scales)}")
-        self._by_size = by_size
+        self._sizes = np.asarray(sizes, dtype=np.float64)
+        if self._sizes.ndim != 1 or not (np.diff(self._sizes, prepend=0) > 0).all():
+            raise ValueError(f"sizes: expected positive ones, ascending, got {list(sizes)}")
         self._iou_thresh = float(iou_thresh)
         self._num_thresholds = int(num_thresholds)
 
         self._boxes = {image: _as_boxes(value, f"ground truth of image {image!r}") for image, value in boxes.items()}
-        sizes = {image: len(value) for image, value in self._boxes.items()}
-        ends = np.cumsum([0, *sizes.values()])
+        counts = {image: len(value) for image, value in self._boxes.items()}
+        ends = np.cumsum([0, *counts.values()])
         self._first_face = dict(zip(self._boxes, ends[:-1].tolist()))
         self._num_faces = int(ends[-1])
         faces = np.concatenate([np.empty((0, 4)), *self._boxes.values()])
-        valid = ~_as_flags(ignore or {}, sizes, "ignore", required=False)
+        valid = ~_as_flags(ignore or {}, counts, "ignore", required=False)
 
         self._counted: dict[str, NDArray[np.bool_]] = {}
         for name, keep in (subsets or {}).items():
             if name == "all" or name.startswith("@"):
                 raise ValueError(f"subsets: expected names other than 'all' and '@...', got {name!r}")
-            self._counted[name] = _as_flags(keep, sizes, f"subset {name!r}", required=True) & valid
+            self._counted[name] = _as_flags(keep, counts, f"subset {name!r}", required=True) & valid
         width, height = faces[:, 2] - faces[:, 0], faces[:, 3] - faces[:, 1]
         self._counted["all"] = valid & (width > 0) & (height > 0)
-        self._face_scale = self._nearest_scale(width * height)
+        self._face_size = self._nearest_size(width * height)
 
         self._background = self._num_faces
         self._no_face_in_image = self._num_faces + 1
         self._updates: dict[str, _Matched] = {}
-        self._with_scales: bool | None = None  # None until an update tells
+        self._sub_detectors: dict[float, dict[str, _Matched]] = {}
 
     @classmethod
     def from_records(cls, records: Iterable[ImageRecord], **options: Any) -> "WiderFaceAP":
@@ -161,53 +162,51 @@ class WiderFaceAP:
         """Number of images."""
         return len(self._boxes)
 
+    @property
+    def image_ids(self) -> Collection[str]:
+        """Of the ground truth, in its order."""
+        return self._boxes.keys()
+
     def update(self, image_id: str, detections: Detections) -> None:
         """Add the detections of one image. An image without an update is one without detections.
 
         Args:
             image_id: an image of the ground truth.
             detections: k of them, arrays or CPU tensors; k may be 0. Copied. Boxes are in pixels of the annotated
-                image, scores finite and of any range. ``anchor_scales``, each one of ``scales``, are given with all
-                images or with none; images without detections may leave them out. ``classes`` are not read.
+                image, scores finite and of any range. ``sub_detectors`` are the same with all images.
+                ``classes`` and ``anchor_scales`` are not read.
 
         Raises:
             ValueError: the image is unknown or was updated before, a shape is wrong, a box is inverted or not finite, a
-                score is not finite, or an anchor scale is none of ``scales``; nothing is added then.
+                score is not finite, or the sub-detectors are others than before; nothing is added then.
         """
         check_new_image(image_id, self._boxes, self._updates)
-        boxes, scores, _, anchor_scales = detections
         what = f"predictions of image {image_id!r}"
-        boxes = _as_boxes(boxes, what)
+        by_scale = detections.sub_detectors or {}
+        if self._updates and by_scale.keys() != self._sub_detectors.keys():
+            expected = sorted(self._sub_detectors)
+            raise ValueError(f"{what}: sub_detectors: expected {expected} as before, got {sorted(by_scale)}")
+        matched = self._match(image_id, detections, what)
+        alone = {s: self._match(image_id, found, f"{what}: sub-detector {s:g}") for s, found in by_scale.items()}
+        self._updates[image_id] = matched
+        for scale, found in alone.items():
+            self._sub_detectors.setdefault(scale, {})[image_id] = found
+
+    def _match(self, image_id: str, detections: Detections, what: str) -> _Matched:
+        boxes = _as_boxes(detections.boxes, what)
         inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
         if inverted.any():
             row = int(inverted.argmax())
             raise ValueError(f"{what}: boxes[{row}]: expected x1 <= x2 and y1 <= y2, got {boxes[row].tolist()}")
-        scores = _as_vector(scores, len(boxes), f"{what}: scores")
-        with_scales = self._with_scales
-        if len(boxes) or anchor_scales is not None:
-            with_scales = anchor_scales is not None
-            if self._with_scales not in (None, with_scales):
-                got = "some" if with_scales else "none"
-                raise ValueError(f"{what}: anchor_scales: expected them with all images or with none, got {got} here")
-        if anchor_scales is None:
-            scale_ids = np.full(len(boxes), -1, dtype=np.int8)
-        else:
-            anchor_scales = _as_vector(anchor_scales, len(boxes), f"{what}: anchor_scales")
-            is_scale = anchor_scales[:, None] == self._scales
-            if not is_scale.any(axis=1).all():
-                value = anchor_scales[~is_scale.any(axis=1)][0]
-                raise ValueError(f"{what}: anchor_scales: expected one of {self._scales.tolist()}, got {value}")
-            scale_ids = is_scale.argmax(axis=1).astype(np.int8)
-
+        scores = _as_vector(detections.scores, len(boxes), f"{what}: scores")
         faces = self._boxes[image_id]
         if len(faces):
             best = _best_face(boxes, faces, self._iou_thresh)
             taken = np.where(best >= 0, best + self._first_face[image_id], self._background)
         else:
             taken = np.full(len(boxes), self._no_face_in_image)
-        size_ids = self._nearest_scale((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.int8)
-        self._updates[image_id] = _Matched(scores, taken.astype(np.int32), scale_ids, size_ids)
-        self._with_scales = with_scales
+        size_ids = self._nearest_size((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.int8)
+        return _Matched(scores, taken.astype(np.int32), size_ids)
 
     def compute(self) -> WiderFaceResult:
         """Evaluate what was added so far; more updates may follow.
@@ -215,7 +214,7 @@ class WiderFaceAP:
         Raises:
             ValueError: the scores span more than a double holds.
         """
-        return self._result(list(self._boxes), self._score_range())
+        return self._result(list(self._boxes), self._result_sets())
 
     def compute_by(self, group_of: Callable[[str], str]) -> dict[str, WiderFaceResult]:
         """Evaluate groups of images on their own, in the order of the ground truth.
@@ -231,13 +230,18 @@ class WiderFaceAP:
         groups: dict[str, list[str]] = {}
         for image_id in self._boxes:
             groups.setdefault(group_of(image_id), []).append(image_id)
-        score_range = self._score_range()
-        return {group: self._result(images, score_range) for group, images in groups.items()}
+        result_sets = self._result_sets()
+        return {group: self._result(images, result_sets) for group, images in groups.items()}
 
-    def _result(self, images: Sequence[str], score_range: tuple[float, float]) -> WiderFaceResult:
-        updates = [self._updates[image] for image in images if image in self._updates]
-        scores, taken, scale_ids, size_ids = (np.concatenate(parts) for parts in zip(_NO_DETECTIONS, *updates))
-        threshold_ids = self._threshold_ids(scores, score_range)
+    def _result(self, images: Sequence[str], result_sets: Sequence[_ResultSet]) -> WiderFaceResult:
+        def found(result_set: _ResultSet) -> tuple[_Matched, NDArray[np.intp]]:
+            """What a set has in these images, and the threshold of each detection."""
+            updates = [result_set.updates[image] for image in images if image in result_set.updates]
+            matched = _Matched(*(np.concatenate(parts) for parts in zip(_NO_DETECTIONS, *updates)))
+            return matched, self._threshold_ids(matched.scores, result_set.score_range)
+
+        joint, *sub_detectors = result_sets
+        (scores, taken, size_ids), threshold_ids = found(joint)
         faces = np.zeros(self._num_faces, dtype=bool)
         for image in images:
             first = self._first_face[image]
@@ -248,42 +252,41 @@ class WiderFaceAP:
             counted = counted & faces
             curves[name] = self._curve(threshold_ids, taken, counted, skip_images_without_faces=name != "all")
             num_faces[name], num_detections[name] = int(counted.sum()), len(scores)
-        of_scale = [self._counted["all"] & faces & (self._face_scale == index) for index in range(len(self._scales))]
-        if self._with_scales:
-            for index, scale in enumerate(self._scales):
-                name, mine, counted = f"@{scale:g}", scale_ids == index, of_scale[index]
-                curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
-                num_faces[name], num_detections[name] = int(counted.sum()), int(mine.sum())
-        if self._by_size:
-            has_face = taken < self._background
-            for index, scale in enumerate(self._scales):
-                name, mine, counted = f"size {scale:g}", has_face | (size_ids == index), of_scale[index]
-                curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
-                num_faces[name], num_detections[name] = int(counted.sum()), int((size_ids == index).sum())
+        every = self._counted["all"] & faces
+        for result_set in sub_detectors:
+            alone, thresholds = found(result_set)
+            name = result_set.name
+            curves[name] = self._curve(thresholds, alone.taken, every, skip_images_without_faces=False)
+            num_faces[name], num_detections[name] = int(every.sum()), len(alone.scores)
+        has_face = taken < self._background
+        for index, size in enumerate(self._sizes):
+            name, mine, counted = f"size {size:g}", has_face | (size_ids == index), every & (self._face_size == index)
+            curves[name] = self._curve(threshold_ids[mine], taken[mine], counted, skip_images_without_faces=False)
+            num_faces[name], num_detections[name] = int(counted.sum()), int((size_ids == index).sum())
 
+        updates = self._updates
         counts = {
             "images": len(images),
             "faces": int(faces.sum()),
             "detections": len(scores),
-            "images_without_predictions": len(images) - sum(len(update.scores) > 0 for update in updates),
+            "images_without_predictions": sum(
+                image not in updates or not len(updates[image].scores) for image in images
+            ),
             "images_without_faces": sum(len(self._boxes[image]) == 0 for image in images),
             "detections_without_faces": int((taken == self._no_face_in_image).sum()),
         }
         ap = {name: area_under_envelope(recall, precision) for name, (recall, precision) in curves.items()}
-        return WiderFaceResult(ap, curves, num_faces, num_detections, counts, self._iou_thresh)
+        by_score = curve_by_score(scores, taken, every, len(images))
+        return WiderFaceResult(ap, curves, num_faces, num_detections, counts, self._iou_thresh, by_score)
 
-    def _nearest_scale(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Index of the scale that is nearest to √area in log scale, the smaller one on a tie."""
-        return np.searchsorted(scale_borders(self._scales), area, side="left")
+    def _nearest_size(self, area: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Index of the size that is nearest to √area in log scale, the smaller one on a tie."""
+        return np.searchsorted(scale_borders(self._sizes.tolist()), area, side="left")
 
-    def _score_range(self) -> tuple[float, float]:
-        """Lowest and highest score of the set."""
-        scores = [update.scores for update in self._updates.values() if len(update.scores)]
-        lowest = min((float(s.min()) for s in scores), default=0.0)
-        highest = max((float(s.max()) for s in scores), default=0.0)
-        if math.isinf(highest - lowest):
-            raise ValueError(f"scores: expected a range that a double holds, got {lowest} to {highest}")
-        return lowest, highest
+    def _result_sets(self) -> list[_ResultSet]:
+        """That of the detector, and those of its sub-detectors by ascending scale."""
+        sets = {"all": self._updates} | {f"@{s:g}": self._sub_detectors[s] for s in sorted(self._sub_detectors)}
+        return [_ResultSet(name, updates, _score_range(updates.values())) for name, updates in sets.items()]
 
     def _threshold_ids(self, scores: NDArray[np.float64], score_range: tuple[float, float]) -> NDArray[np.intp]:
         """Index t of the first threshold 1 - (t + 1) / num_thresholds that the normalized score reaches."""
@@ -312,6 +315,16 @@ class WiderFaceAP:
         found = np.cumsum(np.bincount(first_found[: self._num_faces][counted], minlength=size)[:size])
         with np.errstate(invalid="ignore"):  # 0 / 0: undefined, nan
             return found / counted.sum(), found / detected
+
+
+def _score_range(updates: Iterable[_Matched]) -> tuple[float, float]:
+    """Lowest and highest score of a set."""
+    scores = [update.scores for update in updates if len(update.scores)]
+    lowest = min((float(s.min()) for s in scores), default=0.0)
+    highest = max((float(s.max()) for s in scores), default=0.0)
+    if math.isinf(highest - lowest):
+        raise ValueError(f"scores: expected a range that a double holds, got {lowest} to {highest}")
+    return lowest, highest
 
 
 def _best_face(detections: NDArray[np.float64], faces: NDArray[np.float64], iou_thresh: float) -> NDArray[np.intp]:

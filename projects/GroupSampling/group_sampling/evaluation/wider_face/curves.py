@@ -46,11 +46,12 @@ def read_published_curves(folder: str | os.PathLike) -> list[PublishedCurve]:
         FileNotFoundError: there is no such file below ``folder``.
         ValueError: a file is no MATLAB file or has no curve; names the file.
     """
-    files = sorted(file for file in Path(folder).rglob("*.mat") if _FILE_NAME.fullmatch(file.name))
-    if not files:
+    found = sorted(Path(folder).rglob("*.mat"))
+    subsets = {file: match[1] for file in found if (match := _FILE_NAME.fullmatch(file.name))}
+    if not subsets:
         raise FileNotFoundError(f"{folder}: expected <method>/wider_pr_info_*_{{easy,medium,hard}}_val.mat, got none")
     has_hdf5, curves, skipped = importlib.util.find_spec("h5py") is not None, [], set()
-    for file in files:
+    for file, subset in subsets.items():
         with open(file, "rb") as stream:
             is_hdf5 = stream.read(10) == b"MATLAB 7.3"
         if is_hdf5 and not has_hdf5:
@@ -58,10 +59,9 @@ def read_published_curves(folder: str | os.PathLike) -> list[PublishedCurve]:
             continue
         table = (_read_hdf5 if is_hdf5 else _read_mat5)(file)
         if not isinstance(table, np.ndarray) or table.ndim != 2 or table.shape[1] != 2 or len(table) == 0:
-            found = "nothing" if table is None else getattr(table, "shape", table)
-            raise ValueError(f"{file}: {_VARIABLES[0]}: expected an array (points, 2), got {found!r:.80}")
+            got = "nothing" if table is None else getattr(table, "shape", table)
+            raise ValueError(f"{file}: {_VARIABLES[0]}: expected an array (points, 2), got {got!r:.80}")
         precision, recall = table.astype(np.float64).T
-        subset = _FILE_NAME.fullmatch(file.name)[1]
         curves.append(PublishedCurve(file.parent.name, subset, (recall, precision)))
     if skipped:
         logger.warning(

@@ -11,21 +11,23 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...data.fddb import COUNT
 from ...detections import Detections
-from ...files import safe_relative_path, write_atomically
+from ...files import open_regular, plain_bytes, safe_relative_path, write_atomically
 
 # Hidden files, which readers skip, control characters, and the empty name.
 _UNUSABLE = re.compile(r"(^|/)\.|[\x00-\x1f\x7f]|^$")
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
 # About a million detections in one image; a file beyond it is damaged, or an archive made to exhaust memory.
 _MAX_FILE_BYTES = 64 << 20
+_MAX_ARCHIVE_BYTES = 4 << 30  # unpacked; a result set of the validation images has some 100 MB
 _ARCHIVE_ERRORS = (
     OSError,
     EOFError,
@@ -38,14 +40,18 @@ _ARCHIVE_ERRORS = (
 )
 
 
-def read_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detections]]:
+def read_predictions(path: str | os.PathLike, *, images: Container[str] = ()) -> Iterator[tuple[str, Detections]]:
     """Read a result set image by image, in the order of the folder (sorted) or archive.
 
     Nothing is unpacked to disk. Files without the suffix ``.txt`` and hidden ones (``__MACOSX`` as well) are
     ignored. In an archive, folders above the events do not matter.
 
+    Other projects' files are read as well: without name and number, empty (no detections), with five landmarks after
+    the score, with the number as "3.0", in UTF-16 or with a byte order mark.
+
     Args:
         path: folder with a folder per event, or a ZIP or tar archive (also .gz, .bz2, .xz) of one.
+        images: the ids that are expected. A file "<image>.jpg.txt" is then that of <image>, if there is no other.
 
     Yields:
         The image id, ``<event>/<image name without extension>`` or the name alone, and its detections in float64.
@@ -64,15 +70,20 @@ def read_predictions(path: str | os.PathLike) -> Iterator[tuple[str, Detections]
     for name, content in members:
         source = f"{path}/{name}"
         image_id = "/".join(PurePosixPath(name).parts[-2:]).removesuffix(".txt")
+        without_suffix = _IMAGE_SUFFIX.sub("", image_id)
+        if image_id not in images and without_suffix in images:
+            image_id = without_suffix
         if image_id in seen:
             raise ValueError(f"{source}: expected each image once, got {image_id!r} again, first in {seen[image_id]}")
         seen[image_id] = source
-        yield image_id, Detections(*_parse(content, image_id.rsplit("/", 1)[-1], source))
+        yield image_id, Detections(*_parse(content, PurePosixPath(name).name.removesuffix(".txt"), source))
     if not seen:
         raise ValueError(f"{path}: expected files <event>/<image>.txt, got none")
 
 
-def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, scores: ArrayLike) -> Path:
+def write_predictions(
+    root: str | os.PathLike, image_id: str, boxes: ArrayLike, scores: ArrayLike, *, is_stem: bool = False
+) -> Path:
     """Write the file of one image, atomically; :func:`read_predictions` and the published evaluations read it.
 
     Detections are written by descending score, which the common Python evaluation relies on. Numbers have all their
@@ -83,6 +94,7 @@ def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, 
         image_id: ``<event>/<image name>``, or an image name alone; the extension of an image file is dropped.
         boxes: (k, 4) XYXY in pixels, arrays or CPU tensors; k may be 0.
         scores: (k,).
+        is_stem: ``image_id`` has no extension; "a.jpg" is then the stem of "a.jpg.jpg", and keeps its own file.
 
     Returns:
         Path of the file.
@@ -94,7 +106,7 @@ def write_predictions(root: str | os.PathLike, image_id: str, boxes: ArrayLike, 
     relative = safe_relative_path(image_id)
     if relative is None or str(relative) != image_id or len(relative.parts) > 2 or _UNUSABLE.search(image_id):
         raise ValueError(f"image_id: expected [<event>/]<image name>, no leading dot or '\\', got {image_id!r}")
-    stem = _IMAGE_SUFFIX.sub("", relative.name)
+    stem = relative.name if is_stem else _IMAGE_SUFFIX.sub("", relative.name)
     rows = result_rows(image_id, boxes, scores)
     rows = rows[np.argsort(-rows[:, 4], kind="stable")]
     lines = [stem, str(len(rows)), *(" ".join(map(repr, row)) for row in rows.tolist())]
@@ -132,36 +144,51 @@ def result_rows(image_id: str, boxes: ArrayLike, scores: ArrayLike) -> NDArray[n
 
 def _parse(content: bytes, stem: str, source: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """XYXY boxes and scores of one prediction file."""
-    lines = content.rstrip().split(b"\n")
+    content = plain_bytes(content)
+    lines = content.split(b"\n")
     name = lines[0].decode("utf-8", "replace").strip()
-    base = name.replace("\\", "/").rsplit("/", 1)[-1]
-    if stem not in (base, _IMAGE_SUFFIX.sub("", base)):
+    base = _IMAGE_SUFFIX.sub("", name.replace("\\", "/").rsplit("/", 1)[-1])
+    header = 2
+    if not content or _numbers(lines[:1]) is not None:  # nothing found, or the rows alone
+        header = 0
+    elif base != _IMAGE_SUFFIX.sub("", stem):
         raise ValueError(f"{source}:1: expected the image name {stem!r}, got {name!r:.80}")
-    if len(lines) < 2 or not re.fullmatch(rb"\s*\d{1,9}\s*", lines[1]):
+    elif len(lines) < 2 or not COUNT.fullmatch(lines[1]):
         found = _quote(lines[1]) if len(lines) > 1 else "the end of the file"
         raise ValueError(f"{source}:2: expected the number of detections, got {found}")
-    if int(lines[1]) != len(lines) - 2:
-        raise ValueError(f"{source}:2: expected as many lines as it says, {int(lines[1])}, got {len(lines) - 2}")
-    table = _numbers(lines[2:])
+    elif int(float(lines[1])) != len(lines) - 2:
+        count = int(float(lines[1]))
+        raise ValueError(f"{source}:2: expected as many lines as it says, {count}, got {len(lines) - 2}")
+    rows = lines[header:] if content else []
+    table = _numbers(rows)
     if table is None:
-        row = next(row for row in range(2, len(lines)) if _numbers(lines[row : row + 1]) is None)
+        row = next(
+            row for row in range(header, len(lines)) if _numbers(lines[row : row + 1], len(rows[0].split())) is None
+        )
         expected = "'x y w h score', finite numbers with w and h not negative"
         raise ValueError(f"{source}:{row + 1}: expected {expected}, got {_quote(lines[row])}")
     return np.hstack([table[:, :2], table[:, :2] + table[:, 2:4]]), table[:, 4].copy()
 
 
-def _numbers(rows: list[bytes]) -> NDArray[np.float64] | None:
-    """(k, 5) numbers of the rows ``x y w h score``, or None when one of them is malformed."""
-    text = b" | ".join(rows)
-    words = text.split()  # five a row, and a bar between rows
-    bars = words[5::6]
-    if rows and (len(words) != 6 * len(rows) - 1 or bars.count(b"|") != len(bars)):
+def _numbers(rows: list[bytes], columns: int | None = None) -> NDArray[np.float64] | None:
+    """(k, 5) numbers of the rows ``x y w h score``, or None when one of them is malformed.
+
+    Args:
+        columns: of every row, 5 or with landmarks 15; None: as the first row has them.
+    """
+    columns = (len(rows[0].split()) if rows else 5) if columns is None else columns
+    if columns not in (5, 15):
         return None
-    del words[5::6]
+    text = b" | ".join(rows)
+    words = text.split()  # as many as columns a row, and a bar between rows
+    bars = words[columns :: columns + 1]
+    if rows and (len(words) != (columns + 1) * len(rows) - 1 or bars.count(b"|") != len(bars)):
+        return None
+    del words[columns :: columns + 1]
     if b"_" in text:  # float() reads 1_0, no other reader does
         return None
     try:
-        table = np.fromiter(map(float, words), dtype=np.float64, count=len(words)).reshape(-1, 5)
+        table = np.fromiter(map(float, words), dtype=np.float64, count=len(words)).reshape(-1, columns)[:, :5]
     except ValueError:
         return None
     return table if np.isfinite(table).all() and (table[:, 2:4] >= 0).all() else None
@@ -180,13 +207,14 @@ def _folder_files(root: Path) -> Iterator[tuple[str, bytes]]:
     for file in sorted([*root.glob("*.txt"), *root.glob("*/*.txt")]):
         name = file.relative_to(root).as_posix()
         if _is_prediction(name):
-            with open(file, "rb") as stream:
+            with open_regular(file) as stream:
                 content = stream.read(_MAX_FILE_BYTES + 1)
-            yield name, _check_size(content, f"{root}/{name}")
+            _check_size(len(content), f"{root}/{name}")
+            yield name, content
 
 
 def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         is_zip = stream.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
     return _zip_files(path) if is_zip else _tar_files(path)
 
@@ -194,29 +222,39 @@ def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
 def _zip_files(path: Path) -> Iterator[tuple[str, bytes]]:
     with _errors_of_archive(path):
         archive = zipfile.ZipFile(path)
+    total = 0
     with archive:
         for member in archive.infolist():
             _check_member(path, member.filename, is_link=stat.S_ISLNK(member.external_attr >> 16))
             if _is_prediction(member.filename):
+                total = _check_total(path, total + min(member.file_size, _MAX_FILE_BYTES))
                 with _errors_of_archive(path), archive.open(member) as stream:
                     content = stream.read(_MAX_FILE_BYTES + 1)
-                yield member.filename, _check_size(content, f"{path}/{member.filename}")
+                _check_size(len(content), f"{path}/{member.filename}")
+                yield member.filename, content
 
 
 def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
     with open(path, "rb") as stream:
         with _errors_of_archive(path):
             archive = tarfile.open(fileobj=stream)  # noqa: SIM115 (``stream`` closes the file)
+        total = 0
         while True:
             with _errors_of_archive(path):
                 member = archive.next()
             if member is None:
                 break
             _check_member(path, member.name, is_link=not (member.isfile() or member.isdir()))
+            # To step over a member is to unpack it.
+            _check_size(member.size, f"{path}/{member.name}")
+            total = _check_total(path, total + member.size)
             if member.isfile() and _is_prediction(member.name):
                 with _errors_of_archive(path):
-                    content = archive.extractfile(member).read(_MAX_FILE_BYTES + 1)
-                yield member.name, _check_size(content, f"{path}/{member.name}")
+                    file = archive.extractfile(member)  # None: a folder
+                    content = None if file is None else file.read(_MAX_FILE_BYTES + 1)
+                if content is not None:
+                    _check_size(len(content), f"{path}/{member.name}")
+                    yield member.name, content
         # tarfile takes a damaged header, or the end of a file that was cut off, for the end of the archive.
         with _errors_of_archive(path):
             archive.fileobj.seek(archive.offset)
@@ -238,7 +276,12 @@ def _check_member(path: Path, name: str, *, is_link: bool) -> None:
         raise ValueError(f"{path}: expected files and folders under relative paths, got the unsafe member {name!r}")
 
 
-def _check_size(content: bytes, source: str) -> bytes:
-    if len(content) > _MAX_FILE_BYTES:
+def _check_total(path: Path, size: int) -> int:
+    if size > _MAX_ARCHIVE_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_ARCHIVE_BYTES >> 30} GiB of files, got more")
+    return size
+
+
+def _check_size(size: int, source: str) -> None:
+    if size > _MAX_FILE_BYTES:
         raise ValueError(f"{source}: expected at most {_MAX_FILE_BYTES >> 20} MiB for one image, got more")
-    return content

@@ -1,5 +1,6 @@
 """The official WIDER FACE ground truth: wider_face_val.mat and wider_{easy,medium,hard}_val.mat."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -107,12 +108,13 @@ class _MatFile:
     def arrays(self, field: str, sizes: list[int]) -> list[NDArray]:
         """The numeric arrays of all images; ``sizes`` says how many images each event has."""
         per_event = [self._cells(field, cells) for cells in self._field(field)]
-        if [len(arrays) for arrays in per_event] != sizes:
+        if [len(event) for event in per_event] != sizes:
             raise self.error(field, "expected the events and images of file_list, got other numbers of them")
-        arrays = [array for arrays in per_event for array in arrays]
-        for array in arrays:
-            if not isinstance(array, np.ndarray):
-                raise self.error(field, f"expected numbers, got {array!r:.80}")
+        arrays = []
+        for value in itertools.chain.from_iterable(per_event):
+            if not isinstance(value, np.ndarray):
+                raise self.error(field, f"expected numbers, got {value!r:.80}")
+            arrays.append(value)
         return arrays
 
     def _field(self, field: str) -> list[MatValue]:

@@ -2,13 +2,15 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..results import Curve, none_if_nan, plot_pr_curves
+from ..thresholds import ScoreCurve
 
 
 @dataclass(frozen=True, eq=False)  # eq: comparing arrays with == has no truth value
@@ -20,11 +22,13 @@ class WiderFaceResult:
         curves: (recall, precision) of each subset, float64 of shape (num_thresholds,), from the highest score threshold
             to the lowest; precision is nan where nothing was detected, recall is nan where the subset has no face.
         num_faces: faces counted in each subset.
-        num_detections: detections that each subset judges: those of the scale for ``"@s"``, else all (of which an
-            unmatched one of another size does not count in ``"size s"``).
-        counts: ``images``, ``faces`` (ignored ones included), ``detections``, ``images_without_predictions``,
-            ``images_without_faces`` (no box at all, not even an ignored one) and ``detections_without_faces`` on them.
+        num_detections: detections that each subset judges: those of the sub-detector for ``"@s"``, those near s in size
+            for ``"size s"``, which beside them judges all that take a face, else all.
+        counts: of the whole detector, ``images``, ``faces`` (ignored ones included), ``detections``,
+            ``images_without_predictions``, ``images_without_faces`` (no box at all, not even an ignored one) and
+            ``detections_without_faces`` on them.
         iou_thresh: IoU from which a detection takes a face.
+        by_score: All by score. Of the detections that take one face, the best is a true positive.
     """
 
     ap: dict[str, float]
@@ -33,16 +37,24 @@ class WiderFaceResult:
     num_detections: dict[str, int]
     counts: dict[str, int]
     iou_thresh: float
+    by_score: ScoreCurve
+
+    def reporting(self, scores: Sequence[float]) -> "WiderFaceResult":
+        """The same, with the table of thresholds at these scores."""
+        return replace(self, by_score=self.by_score.reporting(scores))
 
     def table(self) -> str:
-        """Aligned text table, one line per subset: AP in percent (``n/a`` without a face), faces and detections."""
+        """Aligned text table, one line per subset: AP in percent (``n/a`` without a face), faces and detections.
+
+        Below it that of ``by_score``.
+        """
         width = max(len("subset"), *map(len, self.ap))
         lines = [f"{'subset':<{width}}  AP (%)    faces  detections"]
         for name, ap in self.ap.items():
             percent = "n/a" if math.isnan(ap) else f"{100 * ap:.2f}"
             counts = f"{self.num_faces[name]:>7}  {self.num_detections[name]:>10}"
             lines.append(f"{name.capitalize():<{width}}  {percent:>6}  {counts}")
-        return "\n".join(lines)
+        return "\n".join([*lines, "", self.by_score.table()])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves, for JSON; an undefined AP becomes None."""
@@ -53,6 +65,7 @@ class WiderFaceResult:
             "num_faces": self.num_faces,
             "num_detections": self.num_detections,
             "counts": self.counts,
+            "by_score": self.by_score.to_dict(),
         }
 
     def metrics(self) -> dict[str, float]:
@@ -79,3 +92,27 @@ def area_under_envelope(recall: NDArray[np.float64], precision: NDArray[np.float
     precision = np.concatenate([[0], np.nan_to_num(precision), [0]])
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall) * envelope[1:]))
+
+
+def curve_by_score(
+    scores: NDArray[np.float64], taken: NDArray[np.int32], counted: NDArray[np.bool_], num_images: int
+) -> ScoreCurve:
+    """The curve of k detections.
+
+    Args:
+        scores: (k,).
+        taken: (k,) index of the face that each takes, beyond the last one where it takes none.
+        counted: (m,) whether a face counts.
+    """
+    order = np.argsort(-scores, kind="stable")
+    faces = taken[order]
+    is_best = np.zeros(len(scores), dtype=bool)  # of those that take the same face
+    is_best[np.unique(faces, return_index=True)[1]] = True
+    is_face = faces < len(counted)
+    takes_part = np.where(is_face, np.append(counted, False)[np.minimum(faces, len(counted))], True)
+    return ScoreCurve.from_detections(
+        scores[order][takes_part],
+        (is_best & is_face)[takes_part],
+        num_objects=int(counted.sum()),
+        num_images=num_images,
+    )

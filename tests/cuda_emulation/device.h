@@ -13,7 +13,8 @@ namespace emulation {
 
 constexpr unsigned int kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int64_t kMaxSteps = 4'000'000;  // basic blocks of one thread in one launch; a full-size scene takes 40,000
+constexpr int64_t kMaxSteps =
+    4'000'000;  // basic blocks of one thread in one launch; a full-size scene takes fewer than 1,000
 
 struct Warp {
   unsigned int lanes = 0, arrived = 0, turn = 0;

@@ -87,9 +87,9 @@ BUGS = {
         "uninitialized",
     ),
     "a stride of two grids of blocks": Bug(
-        "cuda/match_kernels.cu",
-        "task < tables.num_images * tiles_per_image; task += gridDim.x",
-        "task < tables.num_images * tiles_per_image; task += 2 * gridDim.x",
+        "cuda/sample_kernels.cu",
+        "draw < num_draws; draw += gridDim.x",
+        "draw < num_draws; draw += 2 * gridDim.x",
         "uninitialized",
     ),
     "the rest of a sample left as it was": Bug(
@@ -97,12 +97,8 @@ BUGS = {
     ),
     "a barrier for some threads only": Bug(
         "cuda/match_kernels.cu",
-        """row0, window.row1};
-        }
-        __syncthreads();""",
-        """row0, window.row1};
-          __syncthreads();
-        }""",
+        "__syncthreads();  // warp_reach is written again",
+        "if (anchor < num_anchors) __syncthreads();",
         "divergence",
     ),
     "threads that leave before a barrier": Bug(
@@ -128,7 +124,10 @@ BUGS = {
         "wrong result",
     ),
     "a product in 32 bits": Bug(
-        "permutation.h", "(static_cast<uint64_t>(x) * range) >> 32", "uint64_t(x * range) >> 16", "wrong result"
+        "permutation.h",
+        "(static_cast<uint64_t>(x) * range) >> 32",
+        "static_cast<uint64_t>(x * range) >> 32",
+        "wrong result",
     ),
     "an iteration in 32 bits": Bug(
         "permutation.h", "static_cast<uint64_t>(iteration)", "static_cast<uint32_t>(iteration)", "wrong result"
@@ -139,9 +138,7 @@ BUGS = {
         "return word;",
         "wrong result",
     ),
-    "a wrong initial value": Bug(
-        "cuda/match_kernels.cu", "best[k] = T(0);", "best[k] = thresholds.neg_iou;", "wrong result"
-    ),
+    "a wrong initial value": Bug("cuda/match_kernels.cu", "best[k] = T(0);", "best[k] = thresholds.neg_iou;", "bounds"),
 }
 FAST = ("one array where calls must take turns with two", "one row too many")
 
@@ -160,6 +157,7 @@ def probes():
 
     crowd = faces(300)
     crowd[3] = torch.nan
+    crowd[20:40] = crowd[60:80]
     images, regions = [crowd, faces(0), faces(5)], [faces(2), faces(1), faces(0)]
     anchors = grid.boxes()[:700]
     labels = torch.randint(-1, 2, (2, grid.num_anchors), generator=generator).to(torch.int8)

@@ -1,6 +1,8 @@
 """The report from files of made-up runs, and the demo from end to end."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 
@@ -65,6 +67,49 @@ def test_report(tmp_path):
         assert f'src="{name}"' in page
         pixels = np.asarray(Image.open(tmp_path / "out" / name).convert("L"))
         assert pixels.shape[1] >= 600 and pixels.std() > 5, f"{name} is blank"
+
+
+def test_demo_does_not_report_a_run_of_other_settings(tmp_path, repository, capsys):
+    """Trainings that leave their results; a scale has no faces."""
+    tool = runpy.run_path(str(repository / "projects/GroupSampling/tools/demo.py"))
+    started = []
+
+    def train(jobs, working_directory):
+        for job in jobs:
+            started.append(job.folder.name)
+            write_json(job.folder / "inference/synthetic_faces_val/results.json", {"ap": {"all": 0.5, "@16": None}})
+            (job.folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 3, IMS_PER_BATCH: 1}\nDATASETS: {}\n")
+        return []
+
+    def report(runs, dataset, records, output, **options):
+        return output / "report.html"
+
+    class Records:
+        def __init__(self, config):
+            self.records = []
+
+        def __getitem__(self, name):
+            return self
+
+    tool["demo"].__globals__.update(run_jobs=train, write_report=report, Catalog=Records)
+
+    def run(*args):
+        tool["main"](["--engine", "torchvision", "--output", str(tmp_path), *args])
+        return capsys.readouterr().out
+
+    assert re.search(r"^FPN-finest  +All  50\.0  @16   n/a$", run("SOLVER.MAX_ITER", "3"), flags=re.MULTILINE)
+    assert len(started) == 2
+    assert run("SOLVER.MAX_ITER", "3").count("complete in") == 2 and len(started) == 2
+    with pytest.raises(
+        SystemExit, match=r"expected a run with the settings .*'4'.*, got one with .*'3'.*; --fresh rep"
+    ):
+        run("SOLVER.MAX_ITER", "4")
+    run("--fresh", "SOLVER.MAX_ITER", "4")
+    assert len(started) == 4
+    (tmp_path / "seed0/demo_fpn_finest/inference/synthetic_faces_val/results.json").unlink()  # interrupted
+    run("SOLVER.MAX_ITER", "4")
+    assert started[4:] == ["demo_fpn_finest"]
+    assert json.loads((tmp_path / "summary.json").read_text())["ap_percent"]["FPN-finest"]["@16"]["mean"] is None
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@
     python projects/GroupSampling/tools/demo.py
     python projects/GroupSampling/tools/demo.py --seeds 0 1 2    # mean and spread over seeds
 
-Both runs differ in MODEL.GROUP_SAMPLING.SAMPLER alone. A run that is complete is not repeated unless --fresh is given.
+Both runs differ in MODEL.GROUP_SAMPLING.SAMPLER alone. A run that is complete is not repeated unless --fresh is given;
+one that was interrupted continues.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.jobs import Job, run_jobs
 from group_sampling.experiments.report import write_report
 from group_sampling.experiments.runs import Run
-from group_sampling.files import write_json
+from group_sampling.files import read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "projects/GroupSampling/configs/quick"
 DETECTORS = {"FPN-finest": "demo_fpn_finest", "FPN-finest-sampling": "demo_fpn_finest_sampling"}
 DATASET = "synthetic_faces_val"
+MARKER = "demo.json"  # in a run's folder: its settings
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,7 +47,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def job(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> Job:
-    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--engine", engine]
+    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--engine", engine, "--resume"]
     command += ["--config-file", str(CONFIGS / f"{config}.yaml"), "OUTPUT_DIR", str(folder), "SEED", str(seed), *opts]
     return Job(title, command, folder)
 
@@ -62,17 +64,43 @@ def summarize(runs: dict[str, list[Run]], seeds: list[int], engine: str) -> dict
     }
     for name, seeds_of_run in runs.items():
         results = [run.results(DATASET)["ap"] for run in seeds_of_run]
-        summary["ap_percent"][name] = {
-            subset: {
-                "seeds": [round(100 * ap[subset], 2) for ap in results],
-                "mean": round(100 * float(np.mean([ap[subset] for ap in results])), 2),
-                "std": round(100 * float(np.std([ap[subset] for ap in results], ddof=1)), 2)
-                if len(results) > 1
-                else None,
-            }
-            for subset in results[0]
-        }
+        summary["ap_percent"][name] = {subset: statistics([ap[subset] for ap in results]) for subset in results[0]}
     return summary
+
+
+def statistics(values: list[float | None]) -> dict:
+    """Of a subset's AP, by seed; None where it has no faces, and then there is no mean."""
+    percent = [None if value is None else round(100 * value, 2) for value in values]
+    if None in values:
+        return {"seeds": percent, "mean": None, "std": None}
+    std = round(100 * float(np.std(values, ddof=1)), 2) if len(values) > 1 else None
+    return {"seeds": percent, "mean": round(100 * float(np.mean(values)), 2), "std": std}
+
+
+def show(value: dict) -> str:
+    if value["mean"] is None:
+        return "n/a"
+    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
+
+
+def is_complete(run: Run, settings: dict) -> bool:
+    """Whether a run has its results; one that was made with other settings is deleted before that.
+
+    Raises:
+        UserError: it has results of other settings.
+    """
+    marker = run.folder / MARKER
+    found = read_json(marker) if marker.exists() else None
+    has_results = (run.folder / "inference" / DATASET / "results.json").exists()
+    if found != settings and has_results:
+        raise UserError(
+            f"{run.folder}: expected a run with the settings {settings}, got one with {found}; --fresh repeats it, "
+            "and --output FOLDER keeps it"
+        )
+    if found != settings:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        write_json(marker, settings)
+    return has_results
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -85,11 +113,12 @@ def demo(args: argparse.Namespace) -> None:
             run = Run(name, args.output / f"seed{seed}" / config)
             runs[name].append(run)
             title = f"{name}, seed {seed}"
-            if args.fresh or not (run.folder / "inference" / DATASET / "results.json").exists():
+            if args.fresh:
                 shutil.rmtree(run.folder, ignore_errors=True)
-                jobs.append(job(config, engine, run.folder, seed, args.opts, title))
-            else:
+            if is_complete(run, {"engine": engine, "opts": args.opts}):
                 print(f"{title}: complete in {run.folder} (--fresh repeats it)")
+            else:
+                jobs.append(job(config, engine, run.folder, seed, args.opts, title))
     for outcome in run_jobs(jobs, working_directory=REPOSITORY):
         if outcome.error:
             raise UserError(outcome.error)
@@ -109,13 +138,13 @@ def demo(args: argparse.Namespace) -> None:
     ]
     for name, subsets in summary["ap_percent"].items():
         if len(args.seeds) > 1:
-            values = ", ".join(
-                f"{subset.capitalize()} {v['mean']:.1f} ± {v['std']:.1f}" for subset, v in subsets.items()
-            )
+            values = ", ".join(f"{subset.capitalize()} {show(value)}" for subset, value in subsets.items())
             notes.append(
                 f"{name} over seeds {args.seeds}: {values}. The table and figures below are of seed {args.seeds[0]}."
             )
-        print(f"{name:22s}" + "".join(f"  {subset.capitalize()} {v['mean']:5.1f}" for subset, v in subsets.items()))
+        print(
+            f"{name:22s}" + "".join(f"  {subset.capitalize()} {show(value):>5s}" for subset, value in subsets.items())
+        )
     report = write_report(
         first,
         DATASET,

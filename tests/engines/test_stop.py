@@ -105,9 +105,15 @@ def test_handlers_are_restored_and_a_pending_signal_ends_what_comes_next():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["process", "group"])
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine, processes, to",
+    [
+        ("torchvision", 1, "group"),
+        ("torchvision", 2, "process"),
+        ("detectron2", 1, "process"),
+        ("detectron2", 2, "group"),
+    ],
+)
 def test_train_net_under_signals(tmp_path, engine, processes, to):
     """SIGTERM to the command alone, or to it and all its processes at once as clusters send it, with loader workers."""
     engine_train(engine)
@@ -137,8 +143,9 @@ def test_train_net_under_signals(tmp_path, engine, processes, to):
     assert "Traceback" not in errors and "Traceback" not in output, errors
     saved = [path.name for path in broken.glob("*.pth")]
     assert len(saved) == 1 and saved[0] != "model_final.pth"
-    for folder, extra in ((broken, ["--resume"]), (whole, [])):
+    for folder, extra in ((broken, ["--resume"]), (whole, []))[:processes]:  # one process: compared above
         process = run(folder, *extra)
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    assert_equal_runs(broken, whole)
+    if processes > 1:
+        assert_equal_runs(broken, whole)

@@ -119,7 +119,7 @@ def test_train_net_under_signals(tmp_path, engine, processes, to):
     engine_train(engine)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    opts = ["SOLVER.MAX_ITER", 30, "SOLVER.STEPS", "(25,)", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 1000]
+    opts = ["SOLVER.MAX_ITER", 60, "SOLVER.STEPS", "(50,)", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 1000]
     opts += ["DATALOADER.NUM_WORKERS", 1]
     command = [sys.executable, "train_net.py", "--engine", engine, "--num-gpus", processes]
     command += ["--config-file", write_tiny_config(tmp_path)]

@@ -164,9 +164,10 @@ def train_in_a_group(cfg, args, device):
 
 
 @pytest.mark.slow
-def test_processes_count_alike_and_draw_apart():
+def test_processes_count_alike_and_draw_apart(tmp_path):
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
-    (*counts, first), (*other_counts, second) = launch(train_in_a_group, CfgNode({"MODEL": {"DEVICE": "cpu"}}), args)
+    cfg = CfgNode({"MODEL": {"DEVICE": "cpu"}, "OUTPUT_DIR": str(tmp_path)})
+    (*counts, first), (*other_counts, second) = launch(train_in_a_group, cfg, args)
     assert counts == other_counts == [2, 2]
     images = [str(image) for drawn in (first, second) for (step,) in drawn for image in step]
     assert len(images) == 8 and len(set(images)) == 8, "a draw is repeated in another step, process or image"

@@ -293,7 +293,7 @@ def test_weights_that_do_not_fit(predict, photos, tmp_path, weights):
         (
             tmp_path / "foreign.pth",
             ("--config-file", weights.with_name("tiny.yaml")),
-            "none of its 1 parameters (the first is 'encoder.weight') belongs to this model, which lacks all",
+            "none of its 1 parameters (the first is 'encoder.weight', nearest to ",
         ),
         (weights.with_name("tiny.yaml"), (), "not a checkpoint that torch.load"),
     ):

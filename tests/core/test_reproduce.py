@@ -263,4 +263,7 @@ def test_a_real_row(tmp_path):
     command += ["DATASETS.SYNTHETIC.NUM_VAL", "2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
-    assert "not run |" not in (tmp_path / "tiny/report.md").read_text()
+    report = (tmp_path / "tiny/report.md").read_text()
+    rows = [line for line in report.splitlines() if re.match(r"\| [^|]+ \| `", line)]
+    # Claims may still be "not run": that on OHEM's B compares rows of no table.
+    assert len(rows) == 4 and not any("not run" in row for row in rows)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import open_regular
+from ..errors import UserError
+from ..files import read_json
 from .records import AnnotationError, DataReport, ImageRecord, ImageRoot, usable_boxes
 
 _MAX_SIDE = 2**24  # float32 holds every pixel up to here
@@ -138,15 +139,10 @@ def format_annotations(
 
 
 def _load(file: str | os.PathLike[str]) -> dict[str, Any]:
-    with open_regular(file) as stream:
-        text = stream.read()
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{os.fspath(file)}: expected JSON, got: {error}") from error
-    if not isinstance(content, dict):
-        raise AnnotationError(f"{os.fspath(file)}: expected a JSON object, got {_describe(content)}")
-    return content
+        return read_json(file)
+    except UserError as error:
+        raise AnnotationError(str(error)) from error
 
 
 def _entries(content: dict[str, Any], key: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -59,7 +59,7 @@ def _build_without_values(name: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return torchvision.models.get_model(name, weights=None)
-    except NotImplementedError:  # RegNet computes its widths with tensors
+    except NotImplementedError:  # RegNet reads values of tensors to find its widths; any other cause recurs below
         return torchvision.models.get_model(name, weights=None).to("meta")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +37,14 @@ with open(pathlib.Path(__file__).with_name("calls.txt"), "a") as calls:
     calls.write(json.dumps([config, arguments]) + "\\n")
 folder = pathlib.Path(keys["OUTPUT_DIR"])
 (folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 20}")
-(folder / "metrics.json").write_text('{"iteration": 19, "total_loss": 1.0}\\n')
+(folder / "metrics.json").write_text('{"iteration": 19, "total_loss": 1.0, "health/units": 0.5}\\n')
 if config in setup["fail"]:
     sys.exit("out of luck")
 ap = 0.1 + 0.1 * setup["rows"].index(config) + 0.01 * int(keys["SEED"])
-results = folder / "inference/synthetic_faces_val/results.json"
-results.parent.mkdir(parents=True)
-results.write_text(json.dumps({"ap": {"all": ap, "@16": ap / 2, "@128": None}}))
+for shift, name in enumerate(("synthetic_faces_val", "synthetic_faces_train")):
+    results = folder / f"inference/{name}/results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text(json.dumps({"ap": {"all": ap + 0.1 * shift, "@16": ap / 2, "@128": None}}))
 """
 
 EXPERIMENT = Experiment(
@@ -148,6 +150,31 @@ def test_other_settings_are_refused(tmp_path, stand_in):
     with pytest.raises(SystemExit, match="^reproduce.py: error: .*: expected a run with the settings"):
         run(tmp_path, "--table", 1, opts=["SOLVER.MAX_ITER", "7"])
     assert len(calls(tmp_path)) == 2
+
+
+def test_known_trainings_are_not_repeated(tmp_path, stand_in):
+    run(tmp_path, "--table", 1, "--seeds", 2)
+    first = (tmp_path / "out/tiny/report.json").rename(tmp_path / "known.json")
+    shutil.rmtree(tmp_path / "out")
+    run(tmp_path, "--table", 1, "--seeds", 3, "--known", first)
+    assert [arguments[-3] for _, arguments in calls(tmp_path)[4:]] == ["2", "2"]
+    content = json.loads((tmp_path / "out/tiny/report.json").read_text())
+    assert content["experiments"]["table1"]["rows"][0]["ours"]["all"]["seeds"] == [10.0, 11.0, 12.0]
+    (training, *_) = content["trainings"]
+    assert training["hardware"]["cores"] and training["torch"] and training["seconds"] > 0
+    assert training["health"] == {"units": 0.5}
+    with pytest.raises(SystemExit, match="the report of known results: expected a run with the settings"):
+        run(tmp_path, "--table", 1, "--seeds", 2, "--known", first, opts=["SOLVER.MAX_ITER", "7"])
+    first.write_text('{"trainings": [{"config": "fpn"}]}')
+    with pytest.raises(SystemExit, match=r'expected a report.json with "trainings"'):
+        run(tmp_path, "--table", 1, "--known", first)
+
+
+def test_every_data_set_is_reported(tmp_path, stand_in):
+    run(tmp_path, "--table", 1, opts=["DATASETS.TEST", "('synthetic_faces_val', 'synthetic_faces_train')"])
+    report = (tmp_path / "out/tiny/report.md").read_text()
+    before, after = report.split("The same detectors on `synthetic_faces_train`:")
+    assert "82.8 / 20.0 |" in before and "| – / 30.0 |" in after  # the stand-in adds 10 there
 
 
 def test_missing_config_is_named(tmp_path, stand_in, monkeypatch):

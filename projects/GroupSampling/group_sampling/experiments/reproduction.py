@@ -1,4 +1,4 @@
-"""The trainings behind the paper's tables and figures: what is run, what is complete, and what it gave."""
+"""The trainings behind the paper's tables and figures, and ablations: what is run, what is complete, what it gave."""
 
 import functools
 import itertools
@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from fvcore.common.config import CfgNode
 
 from ..config import ConfigError, changed_keys, dump_config, get_value
 from ..engines.build import load_records
 from ..engines.tv.config import get_cfg, load_config
+from ..env import hardware
+from ..errors import UserError
 from ..files import read_json, write_json
 from ..samplers import SAMPLERS
 from .balance import SampleBalance, sample_balance, total_variation
@@ -19,8 +22,9 @@ from .jobs import Job, run_jobs
 from .rows import DETECTORS, EXPERIMENTS, Row
 from .runs import Run
 
-TINY = "quick/tiny.yaml"  # below the folder of the configs
-# What "tiny" divides a row's numbers of samples by. The ratio of the image areas, about 1/47, would leave detectors
+# Overrides of every row that fit it to two CPU cores, by scale; below the folder of the configs.
+OVERRIDES = {"tiny": "quick/tiny.yaml", "photos": "quick/photos.yaml"}
+# What these divide a row's numbers of samples by. The ratio of the image areas, 1/47 and 1/22, would leave detectors
 # that draw uniformly a handful of positives. The hardest examples are not fewer in a small image: their number stays.
 COUNT_DIVISORS = {
     "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP": 8,
@@ -47,7 +51,8 @@ class Reproduction:
 
     Args:
         tables, figures: numbers, such as (1, 4) and (2, 4).
-        scale: "tiny", with the overrides of ``quick/tiny.yaml`` and the row's numbers of samples divided by
+        ablations: names of :data:`~group_sampling.experiments.rows.ABLATIONS`.
+        scale: "tiny" or "photos", with the overrides of ``OVERRIDES`` and the row's numbers of samples divided by
             ``COUNT_DIVISORS``; or "wider", which changes nothing.
         num_seeds: seeds 0, 1, ... of every row.
         folder: what is written goes below ``folder / scale``.
@@ -55,17 +60,20 @@ class Reproduction:
         train_net: the training script; its folder is where it runs.
         engine: "detectron2" or "torchvision".
         opts: overrides KEY VALUE ... of every config.
-        num_gpus: of a training; None: 8 for "wider", one process for "tiny".
+        num_gpus: of a training; None: 8 for "wider", else one process.
         side_by_side: trainings at a time.
+        known: the ``report.json`` of an earlier run. A training that it has, with the same settings, is not repeated.
 
     Raises:
         ConfigError: a config is missing.
+        UserError: ``known`` is no such report.
     """
 
     def __init__(
         self,
         tables: Sequence[int],
         figures: Sequence[int],
+        ablations: Sequence[str] = (),
         *,
         scale: str,
         num_seeds: int,
@@ -76,6 +84,7 @@ class Reproduction:
         opts: Sequence[str] = (),
         num_gpus: int | None = None,
         side_by_side: int = 1,
+        known: Path | None = None,
     ) -> None:
         self.scale = scale
         self.folder = folder.resolve() / scale
@@ -86,7 +95,7 @@ class Reproduction:
         self._train_net = train_net
         self._num_gpus = num_gpus or (8 if scale == "wider" else 1)
         self._side_by_side = side_by_side
-        names = [f"table{number}" for number in tables] + (["figure4"] if 4 in figures else [])
+        names = [f"table{number}" for number in tables] + (["figure4"] if 4 in figures else []) + list(ablations)
         self.experiments = {name: EXPERIMENTS[name] for name in dict.fromkeys(names)}
         self.figure2_rows = DETECTORS if 2 in figures else ()
         rows = [row for experiment in self.experiments.values() for row in experiment.rows]
@@ -96,7 +105,8 @@ class Reproduction:
         if missing:
             raise ConfigError("expected a config for every row, got none for:\n  " + "\n  ".join(missing))
         self.opts = {config: scale_opts(configs, config, scale) + self.overrides for config in needed}
-        self.dataset = self.config(needed[0]).DATASETS.TEST[0]
+        self.datasets = tuple(self.config(needed[0]).DATASETS.TEST)
+        self._known = {} if known is None else _read_known(known)
 
     @functools.cached_property
     def same_samples(self) -> list[tuple[str, Row, Row, float]]:
@@ -157,29 +167,58 @@ class Reproduction:
         if not file.exists():
             return None
         content = read_json(file)
+        self._check_settings(config, content, f"{file.parent}")
+        return content
+
+    def _check_settings(self, config: str, content: Mapping, where: str) -> None:
         settings = self.settings(config)
         found = {key: content.get(key) for key in settings}
         if found != settings:
             raise ConfigError(
-                f"{file.parent}: expected a run with the settings\n  {settings}\ngot\n  {found}\n"
-                "Remove that folder, or name another --output."
+                f"{where}: expected a run with the settings\n  {settings}\ngot\n  {found}\n"
+                "Remove it, or name another --output."
             )
-        return content
 
-    def ap(self, config: str, seed: int) -> dict[str, float] | None:
-        """AP in percent of every subset, or None: not run."""
+    def training(self, config: str, seed: int) -> dict | None:
+        """A complete training as the report keeps it, or None: not run.
+
+        Its settings; "ap": data set -> subset -> AP in percent; "health": the last health line of its log; "seconds",
+        "hardware" and "torch" of the run.
+
+        Raises:
+            ConfigError: there is one with other settings.
+        """
         marker = self.marker(config, seed)
         if marker is None or "seconds" not in marker:
-            return None
-        ap = self.run(config, seed).results(self.dataset)["ap"]
-        return {subset: 100 * value for subset, value in ap.items() if value is not None}
+            return self._known_training(config, seed)
+        run = self.run(config, seed)
+        ap = {name: run.results(name)["ap"] for name in self.datasets}
+        return {
+            **marker,
+            "seed": seed,
+            "ap": {
+                name: {subset: round(100 * value, 4) for subset, value in values.items() if value is not None}
+                for name, values in ap.items()
+            },
+            "health": run.last_health(),
+        }
+
+    def _known_training(self, config: str, seed: int) -> dict | None:
+        training = self._known.get((config, seed))
+        if training is not None:
+            self._check_settings(config, training, "the report of known results")
+        return training
+
+    def ap(self, config: str, seed: int, dataset: str | None = None) -> dict[str, float] | None:
+        """AP in percent of every subset of a data set, by default the first; None: not run."""
+        training = self.training(config, seed)
+        return None if training is None else training["ap"].get(dataset or self.datasets[0])
 
     def jobs(self) -> Iterator[tuple[Job, str]]:
         """The trainings that are not complete, seed by seed, and their configs."""
         for seed in self.seeds:
             for config in self.configs:
-                marker = self.marker(config, seed)
-                if marker is not None and "seconds" in marker:
+                if self.training(config, seed) is not None:
                     continue
                 folder = self.run(config, seed).folder
                 command = [sys.executable, str(self._train_net), "--engine", self.engine, "--resume"]
@@ -196,7 +235,7 @@ class Reproduction:
         for folder, config in config_of.items():
             write_json(folder / MARKER, self.settings(config))
         # One thread each: J processes with a pool of threads each would fight for the cores.
-        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.scale == "tiny" else {}
+        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.scale in OVERRIDES else {}
         errors = []
         outcomes = run_jobs(
             [job for job, _ in jobs],
@@ -210,15 +249,31 @@ class Reproduction:
                 print(f"\n{outcome.error}", file=sys.stderr)
                 continue
             settings = self.settings(config_of[outcome.job.folder])
-            write_json(outcome.job.folder / MARKER, {**settings, "seconds": round(outcome.seconds, 1)})
+            device = dict(zip(settings["opts"][::2], settings["opts"][1::2])).get("MODEL.DEVICE", "cuda")
+            how = {"hardware": hardware(device), "torch": torch.__version__}
+            write_json(outcome.job.folder / MARKER, {**settings, "seconds": round(outcome.seconds, 1), **how})
         return errors
+
+
+def _read_known(file: Path) -> dict[tuple[str, int], dict]:
+    """(config, seed) -> training of a ``report.json``."""
+    trainings = read_json(file).get("trainings")
+    if not isinstance(trainings, list) or not all(
+        isinstance(training, dict) and isinstance(training.get("ap"), dict) and {"config", "seed"} <= training.keys()
+        for training in trainings
+    ):
+        raise UserError(f'{file}: expected a report.json with "trainings", each with config, seed and ap, got none')
+    return {(training["config"], training["seed"]): training for training in trainings}
 
 
 def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
     """The overrides KEY VALUE ... that turn a row's config into that of ``scale``."""
-    if scale == "wider":
+    if scale not in OVERRIDES:
         return []
-    opts = [part for key, value in _flatten(yaml.safe_load((configs / TINY).read_text())) for part in (key, str(value))]
+    overrides = yaml.safe_load((configs / OVERRIDES[scale]).read_text())
+    for key in ("_BASE_", "OUTPUT_DIR"):  # for those who train with the file itself
+        overrides.pop(key, None)
+    opts = [part for key, value in _flatten(overrides) for part in (key, str(value))]
     cfg = load_config(str(configs / f"{config}.yaml"), ["MODEL.DEVICE", "cpu"])
     is_mining = SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits
     for key, divisor in COUNT_DIVISORS.items():

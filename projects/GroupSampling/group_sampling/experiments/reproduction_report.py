@@ -1,12 +1,10 @@
 """The report of a reproduction: the paper's values next to ours, as Markdown, JSON and figures."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..data.catalog import MissingDatasetError
 from ..data.records import ImageRecord
@@ -15,7 +13,7 @@ from ..files import write_atomically, write_json
 from .balance import sample_balance
 from .claims import paper_values
 from .plots import plot_ap_bars, plot_ap_lines, plot_samples
-from .reproduction import COUNT_DIVISORS, TINY, Reproduction
+from .reproduction import COUNT_DIVISORS, OVERRIDES, Reproduction
 from .rows import FIGURE4_DETECTORS, Experiment
 from .verdicts import Judgment, judge, sample_shares, seed_noise
 from .verdicts import markdown as verdict_table
@@ -34,22 +32,29 @@ def statistics(values: Sequence[float]) -> dict:
 
 
 def experiment_results(reproduction: Reproduction, experiment: Experiment, paper: Mapping) -> dict:
-    """Paper and ours of every row."""
+    """Paper and ours of every row: "ours" on the first data set, "elsewhere" on each of the others."""
+    first, *others = reproduction.datasets
     rows = []
     for row in experiment.rows:
-        aps = [ap for seed in reproduction.seeds if (ap := reproduction.ap(row.config, seed)) is not None]
-        subsets = list(dict.fromkeys(subset for ap in aps for subset in ap))
-        ours = {subset: statistics([ap[subset] for ap in aps if subset in ap]) for subset in subsets}
+        ours, runs = _over_seeds(reproduction, row.config, first)
         rows.append(
             {
                 "label": row.label,
                 "config": row.config,
                 "paper": paper.get(row.config, {}),
                 "ours": ours,
-                "runs": len(aps),
+                "elsewhere": {name: _over_seeds(reproduction, row.config, name)[0] for name in others},
+                "runs": runs,
             }
         )
     return {"title": experiment.title, "rows": rows}
+
+
+def _over_seeds(reproduction: Reproduction, config: str, dataset: str) -> tuple[dict[str, dict], int]:
+    """Statistics of every subset, and the number of trainings behind them."""
+    aps = [ap for seed in reproduction.seeds if (ap := reproduction.ap(config, seed, dataset)) is not None]
+    subsets = list(dict.fromkeys(subset for ap in aps for subset in ap))
+    return {subset: statistics([ap[subset] for ap in aps if subset in ap]) for subset in subsets}, len(aps)
 
 
 def judgments(reproduction: Reproduction, figure2: dict | None) -> list[Judgment]:
@@ -124,7 +129,8 @@ def markdown(results: dict, found: Sequence[Judgment]) -> str:
     about = results["about"]
     lines = [
         f"Scale `{about['scale']}`, {about['engine']} engine, {len(about['seeds'])} seeds, data set "
-        f"`{about['data_set']}`, torch {about['torch']}, {about['machine']}. {about['note']}",
+        f"`{about['data_sets'][0]}`. {len(results['trainings'])} trainings, {about['hours']:.1f} hours of training and "
+        f"evaluation in all{_ran_on(results['trainings'])}. {about['note']}",
         "",
         "AP in %: *paper* / *ours*, ours as mean ± standard deviation over the seeds. –: the paper has no such number; "
         f"`{NOT_RUN}`: not run. A claim of the paper *agrees* or *disagrees* with ours if the 90 % confidence interval "
@@ -132,7 +138,10 @@ def markdown(results: dict, found: Sequence[Judgment]) -> str:
     ]
     for name, experiment in results["experiments"].items():
         lines += ["", f"### {experiment['title']}", ""]
-        lines += _figure2_table(experiment) if name == "figure2" else _ap_table(experiment)
+        lines += _figure2_table(experiment) if name == "figure2" else _ap_table(experiment["rows"])
+        for dataset in about["data_sets"][1:] if name != "figure2" else ():
+            elsewhere = [{**row, "paper": {}, "ours": row["elsewhere"][dataset]} for row in experiment["rows"]]
+            lines += ["", f"The same detectors on `{dataset}`:", "", *_ap_table(elsewhere)]
         lines += ["", f"![{experiment['title']}](images/{_image(about['scale'], name)})"]
         pairs = [pair for pair in results["same_samples"] or () if pair["experiment"] == name]
         lines += [line for pair in pairs for line in ("", warn_of(pair))]
@@ -151,15 +160,23 @@ def warn_of(pair: dict) -> str:
     )
 
 
-def _ap_table(experiment: dict) -> list[str]:
-    found = [subset for row in experiment["rows"] for subset in (*row["ours"], *row["paper"])]
+def _ran_on(trainings: Sequence[dict]) -> str:
+    machines = {}
+    for training in trainings:
+        hardware = training["hardware"]
+        machines[f"{hardware.get('gpu', hardware['cpu'])}, torch {training['torch']}"] = None
+    return f" ({'; '.join(machines)})" if machines else ""
+
+
+def _ap_table(rows: Sequence[dict]) -> list[str]:
+    found = [subset for row in rows for subset in (*row["ours"], *row["paper"])]
     order = ("easy", "medium", "hard", "all")
     subsets = sorted(
         dict.fromkeys(found or ["all"]), key=lambda s: (0, order.index(s)) if s in order else (1, float(s.lstrip("@")))
     )
     lines = ["| | config | " + " | ".join(s.capitalize() for s in subsets) + " |"]
     lines.append("|---|---|" + "---|" * len(subsets))
-    for row in experiment["rows"]:
+    for row in rows:
         cells = [f"{row['paper'].get(s, '–')} / {_value(row['ours'].get(s))}" for s in subsets]
         lines.append(f"| {row['label']} | `{row['config']}` | " + " | ".join(cells) + " |")
     return lines
@@ -206,7 +223,7 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
             lines[label].append((n, *pair(row["ours"].get("all"))))
         divisor = COUNT_DIVISORS["MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP"]
         plot_ap_lines(
-            lines, path, xlabel="N of the config" + (f", of which 1/{divisor} is drawn" if scale == "tiny" else "")
+            lines, path, xlabel="N of the config" + (f", of which 1/{divisor} is drawn" if scale in OVERRIDES else "")
         )
         return
     plot_ap_bars(
@@ -219,13 +236,20 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
 def write_report(reproduction: Reproduction) -> Path:
     """Write report.json, the images and, last, report.md; returns its path."""
     scale, paper = reproduction.scale, paper_values()
-    notes = {
-        "tiny": f"Each row is its config with the overrides of `configs/{TINY}`, its numbers of anchors "
-        "and RoIs drawn divided by 8, except OHEM's: a small network from scratch on procedural faces. Order and "
-        "differences can be compared with the paper's, absolute values cannot.",
-        "wider": "Each row is its config as it stands.",
-    }
-    note = notes[scale]
+    note = "Each row is its config as it stands."
+    if scale in OVERRIDES:
+        where = {"tiny": "procedural faces", "photos": "1,300 photographs"}[scale]
+        note = (
+            f"Each row is its config with the overrides of `configs/{OVERRIDES[scale]}`, its numbers of anchors and "
+            f"RoIs drawn divided by 8, except OHEM's: a small network from scratch on {where}. Order and differences "
+            "can be compared with the paper's, absolute values cannot."
+        )
+    trainings = [
+        training
+        for config in reproduction.configs
+        for seed in reproduction.seeds
+        if (training := reproduction.training(config, seed)) is not None
+    ]
     if not all(reproduction.config(config).TEST.PYRAMID.SCALES for config in reproduction.configs):
         note += (
             " The test is of a single scale, where a sub-detector finds few faces but those of its size: @s of the "
@@ -236,13 +260,13 @@ def write_report(reproduction: Reproduction) -> Path:
             "scale": scale,
             "engine": reproduction.engine,
             "seeds": reproduction.seeds,
-            "data_set": reproduction.dataset,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
+            "data_sets": list(reproduction.datasets),
+            "hours": round(sum(training["seconds"] for training in trainings) / 3600, 2),
             "overrides": reproduction.overrides,
             "note": note,
         },
         "same_samples": same_samples(reproduction),
+        "trainings": trainings,
         "experiments": {},
     }
     if reproduction.figure2_rows:

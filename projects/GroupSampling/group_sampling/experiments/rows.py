@@ -1,5 +1,6 @@
-"""The tables and figures of the paper as configs to train (Sec. 6)."""
+"""The tables and figures of the paper (Sec. 6), and experiments of this project, as configs to train."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 FIGURE4_SAMPLES = (256, 512, 1024, 2048, 4096)
@@ -21,7 +22,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table, or Figure 4.
+    """A table, Figure 4, or an ablation.
 
     Attributes:
         title: heading.
@@ -55,6 +56,37 @@ FIGURE4_DETECTORS = {
 def _figure4_config(detector: str, n: int) -> str:
     """The point N = 2,048 is the detector of Table 1: it need not be trained again."""
     return detector if n == TABLE_SAMPLES else f"figure4/{detector}_n{n}"
+
+
+# Readings of group sampling that the text allows (docs/deviations.md); the first is the default.
+_READINGS = {
+    "negatives fill up": "",
+    "positives repeated": "_repeat",
+    "positives weighted": "_weight",
+    "mean of each scale": "_group_mean",
+}
+# Where each is tried: the row without group sampling, that of the default reading, and the start of the others' names.
+_READ_ON = {
+    "C4": ("rpn_c4", "table2/c4_sampling", "ablations/c4_sampling"),
+    "P2, N = 256": (
+        "figure4/fpn_finest_n256",
+        "figure4/fpn_finest_sampling_n256",
+        "ablations/fpn_finest_sampling_n256",
+    ),
+    "P2": ("fpn_finest", "fpn_finest_sampling", "ablations/fpn_finest_sampling"),
+    "P2, N = 4096": (
+        "figure4/fpn_finest_n4096",
+        "figure4/fpn_finest_sampling_n4096",
+        "ablations/fpn_finest_sampling_n4096",
+    ),
+}
+
+
+def _readings() -> Iterator[Row]:
+    for place, (uniform, default, others) in _READ_ON.items():
+        yield Row(f"{place}: uniform", uniform)
+        for reading, suffix in _READINGS.items():
+            yield Row(f"{place}: {reading}", others + suffix if suffix else default)
 
 
 EXPERIMENTS = {
@@ -104,4 +136,22 @@ EXPERIMENTS = {
             for n in FIGURE4_SAMPLES
         ),
     ),
+    # Not in the paper.
+    "readings": Experiment("Ablation: readings of group sampling", tuple(_readings())),
+    "regression_mean": Experiment(
+        "Ablation: what the regression losses are divided by",
+        (
+            Row("the positives", "fpn_finest_sampling"),
+            Row("all that was drawn", "ablations/regression_mean_drawn"),
+        ),
+    ),
+    "second_stage_loss": Experiment(
+        "Ablation: regression loss of Grouped Fast R-CNN",
+        (
+            Row("smooth L1", "ablations/fast_rcnn_smooth_l1"),
+            Row("-ln IoU", "ablations/fast_rcnn_iou_log"),
+            Row("‖1 - IoU‖²", "table5/grouped_fast_rcnn"),
+        ),
+    ),
 }
+ABLATIONS = ("readings", "regression_mean", "second_stage_loss")

@@ -64,6 +64,16 @@ class Run:
         found = {key.removeprefix(prefix) for row in self.metrics() for key in row if key.startswith(prefix)}
         return sorted(found, key=float)
 
+    def last_health(self) -> dict[str, float]:
+        """The last health line of the log, without "health/"; empty for runs before version 0.2."""
+        for row in reversed(self.metrics()):
+            health = {
+                key.removeprefix("health/"): round(value, 4) for key, value in row.items() if key.startswith("health/")
+            }
+            if health:
+                return health
+        return {}
+
     def score_gaps(self, scale: str) -> tuple[list[int], list[float]]:
         """Iterations, and mean score of the positives of a scale less that of its negatives."""
         keys = [f"health/score_{kind}@{scale}" for kind in ("pos", "neg")]

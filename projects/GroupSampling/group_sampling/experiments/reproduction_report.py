@@ -161,7 +161,7 @@ def warn_of(pair: dict) -> str:
 
 
 def _ran_on(trainings: Sequence[dict]) -> str:
-    machines = {}
+    machines: dict[str, None] = {}
     for training in trainings:
         hardware = training["hardware"]
         machines[f"{hardware.get('gpu', hardware['cpu'])}, torch {training['torch']}"] = None

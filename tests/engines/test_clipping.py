@@ -12,7 +12,7 @@ from tv_cases import CONFIGS, SMALL_OPTS, d2_setup
 
 from group_sampling.checkpoint import convert_names
 from group_sampling.config import ConfigError
-from group_sampling.engines.step import GradientClipper
+from group_sampling.engines.step import GradientClipper, TrainingStep
 from group_sampling.engines.tv import train as tv_train
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
@@ -92,22 +92,19 @@ def test_detectron2s_types_are_detectron2s(clip_type):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_scaled_gradients_are_unscaled_first(fused):
-    """What Detectron2's AMP trainer does, on the CPU; a step that overflows is skipped."""
-    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    from group_sampling.engines.d2.train import _AMPTrainer
-
+    """The step with a gradient scaler, as with float16 on a GPU; a step that overflows is skipped."""
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
-    trainer = _AMPTrainer(clipping("full_model", 1.0), torch.nn.Identity(), [], optimizer)
-    trainer.grad_scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for factor in (1.0, math.inf):
-        optimizer.zero_grad()
-        scaler.scale((weight * torch.tensor([3.0, 4.0]) * factor).sum()).backward()
-        trainer.after_backward()
-        scaler.step(optimizer)
-        scaler.update()
+    cfg = clipping("full_model", 1.0)
+    cfg.MODEL, cfg.SOLVER.AMP = CfgNode({"DEVICE": "cpu"}), CfgNode({"ENABLED": False})
+    step = TrainingStep(cfg, optimizer)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for iteration, factor in enumerate((1.0, 1e36)):
+        losses = step(iteration, lambda x=factor: {"loss": (weight * torch.tensor([3.0, 4.0]) * x).sum()}, ["a.jpg"])
+        assert losses["loss"].isfinite() and not losses["loss"].requires_grad
         assert weight.tolist() == pytest.approx([-0.6, -0.8])
-    assert scaler.get_scale() == 512.0
+        assert math.isfinite(step.clipper.norm) == (factor == 1.0 or not fused)
+    assert step.scaler.get_scale() == 512.0
 
 
 @pytest.mark.parametrize("clip_type", ["value", "full_model"])

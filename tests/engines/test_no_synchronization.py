@@ -24,7 +24,7 @@ import group_sampling.engines.tv.train as tv_train
 from group_sampling.data.loader import Batch
 from group_sampling.data.records import ImageRecord
 from group_sampling.engines.build import build_training_loader, load_records
-from group_sampling.engines.step import FiniteLossGuard, GradientClipper
+from group_sampling.engines.step import FiniteLossGuard, TrainingStep
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
 from group_sampling.ops import _library
@@ -158,10 +158,10 @@ def waits_of_torchvision(name, opts=(), change=lambda model: None):
     model, examples = build_model(cfg).train().to(GPU), batch(tv_train.to_example)
     change(model)
     optimizer = tv_train.build_optimizer(cfg, model)
-    guard, _ = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
+    update = TrainingStep(cfg, optimizer)
     for Event.step in range(2):
         with Waits() as waits:
-            tv_train.train_step(model, optimizer, guard, examples, GPU, Event.step)
+            tv_train.train_step(model, update, examples, GPU, Event.step)
     return dict(waits.found)
 
 

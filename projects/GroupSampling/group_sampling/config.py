@@ -74,6 +74,10 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # A face of which less than this share of its area is left after the crop is dropped.
     cfg.INPUT.MIN_VISIBLE = 0.5
 
+    # With SOLVER.AMP.ENABLED the network is trained in mixed precision: "float16" with a scaled loss on a GPU (what
+    # Detectron2 does), or "bfloat16", which needs no scaling, on a GPU or a CPU. Weights and losses stay float32.
+    cfg.SOLVER.AMP.PRECISION = "float16"
+
     # Data sets declared by a line of the config. Annotations and images are relative to $DETECTRON2_DATASETS. A list
     # (one image path a line, the set is restricted to them) belongs to the config: relative to the working directory.
     cfg.DATASETS.COCO_FORMAT = ()  # ((name, annotation json, image folder), ...)
@@ -240,9 +244,9 @@ def dump_config(cfg: CfgNode, defaults: CfgNode) -> str:
         defaults: Detectron2's, the keys of the project among them or not.
     """
     project = type(cfg)(new_allowed=True)
-    for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST"):
+    for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"):
         project[name] = type(cfg)()
-    project.MODEL.BACKBONE = type(cfg)()
+    project.MODEL.BACKBONE, project.SOLVER.AMP = type(cfg)(), type(cfg)()
     add_group_sampling_config(project)
     own = set(_keys(project))
 

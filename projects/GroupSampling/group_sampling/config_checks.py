@@ -86,6 +86,7 @@ def check_common_values(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no CUDA device. "
             "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
         )
+    check_values(cfg, {"SOLVER.AMP.PRECISION": ("float16", "bfloat16")}, "what the network is trained in")
     clipping = cfg.SOLVER.CLIP_GRADIENTS
     check_values(
         cfg,

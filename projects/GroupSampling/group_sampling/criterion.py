@@ -87,6 +87,7 @@ class AnchorCriterion(nn.Module):
         chosen = self.sampler(grid, gt_boxes, ignore_boxes, iteration=iteration, logits=logits)
         shape = chosen.indices.shape  # (B, G, N)
         logits, deltas = predict(chosen.indices.flatten(1).clamp(min=0))  # -1 where a group ran out of anchors
+        logits, deltas = logits.float(), deltas.float()  # under autocast they have 16 bits, too few for losses
         logits = logits.unflatten(1, shape[1:])
         classification = self.sampler.classification(logits, chosen)
 
@@ -101,7 +102,7 @@ class AnchorCriterion(nn.Module):
         targets = torch.stack([_rows(boxes, rows, anchors.dtype) for boxes, rows in zip(gt_boxes, matched_gt)])
         # Masked entries regress to their own anchor: finite loss, and no gradient after the mask.
         targets = torch.where(positive[..., None], targets, anchors)
-        losses = box_loss(self.box_loss_type, deltas.float(), anchors, targets, self.smooth_l1_beta)
+        losses = box_loss(self.box_loss_type, deltas, anchors, targets, self.smooth_l1_beta)
         losses = torch.where(positive, losses, 0.0).unflatten(1, (shape[1], -1))
         weights = self.sampler.weights(chosen)
         of_positives = weights[..., columns] * positive.view_as(losses)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor
@@ -53,22 +54,43 @@ def check_config(cfg: CfgNode) -> None:
         build_pyramid(cfg)
 
 
-def check_datasets(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_only: bool) -> None:
-    """Refuse a run that will lack a data set: better now than after the training.
+def check_run(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_only: bool) -> None:
+    """Refuse a run that will lack a data set, or that this device cannot train: better now than later.
 
     Args:
         find_source: the data set of a name; raises ValueError for an unknown one.
 
     Raises:
-        ConfigError: an unknown name, or an invalid declaration.
+        ConfigError: an unknown name, an invalid declaration, or what :func:`training_precision` refuses.
         MissingDatasetError: files are missing.
     """
+    if not eval_only:
+        training_precision(cfg)
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             try:
                 find_source(name).require()
             except ValueError as error:
                 raise ConfigError(f"DATASETS.{key}: {error}") from error
+
+
+def training_precision(cfg: CfgNode) -> torch.dtype | None:
+    """What autocast computes the network in while training, of ``SOLVER.AMP``; None: all is float32.
+
+    Raises:
+        ConfigError: ``MODEL.DEVICE`` cannot do that.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name, device = cfg.SOLVER.AMP.PRECISION, torch.device(cfg.MODEL.DEVICE)
+    if name == "float16" and device.type == "cpu":
+        raise ConfigError(
+            f"SOLVER.AMP.PRECISION: expected 'bfloat16' with MODEL.DEVICE {cfg.MODEL.DEVICE}, got 'float16', which "
+            "would be slower than float32 there"
+        )
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"SOLVER.AMP.PRECISION: expected 'float16' on {torch.cuda.get_device_name()}, got 'bfloat16'")
+    return getattr(torch, name)
 
 
 def describe_training(cfg: CfgNode, defaults: CfgNode, sources: Sequence[Source]) -> Description:

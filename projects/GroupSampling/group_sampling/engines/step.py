@@ -1,10 +1,11 @@
-"""What both engines do around a training step so that the host does not wait for a GPU in it."""
+"""The training step of both engines, in which the host does not wait for a GPU, and what they do around it."""
 
 import functools
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .. import stop
 from ..criterion import AnchorCriterion
 from ..distributed import world_size
 from ..monitor import HealthWatch
-from .build import LOG_PERIOD
+from .build import LOG_PERIOD, training_precision
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,57 @@ def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
     """
     done = iteration + 1
     return done >= max_iter or any(period > 0 and done % period == 0 for period in (LOG_PERIOD, *periods))
+
+
+class TrainingStep:
+    """One update of the weights by a batch, for which the host does not wait.
+
+    With ``SOLVER.AMP`` the network's convolutions and matrix products run in 16 bits, and with float16 the loss is
+    scaled, so that small gradients are not lost. Weights, losses, matching, sampling and boxes stay float32.
+
+    Args:
+        optimizer: no other hooks of it should read gradients; it gets those of :class:`FiniteLossGuard` and
+            :class:`GradientClipper`.
+
+    Attributes:
+        scaler: with float16, the scaler of the loss, whose state is part of a checkpoint; else None.
+
+    Raises:
+        ConfigError: see :func:`~group_sampling.engines.build.training_precision`.
+    """
+
+    def __init__(self, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        self._optimizer = optimizer
+        self.guard, self.clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
+        device_type, precision = torch.device(cfg.MODEL.DEVICE).type, training_precision(cfg)
+        self._autocast = nullcontext if precision is None else functools.partial(torch.autocast, device_type, precision)
+        self.scaler = torch.amp.GradScaler(device_type) if precision == torch.float16 else None
+
+    def __call__(
+        self, iteration: int, forward: Callable[[], dict[str, Tensor]], files: Sequence[str | None]
+    ) -> dict[str, Tensor]:
+        """Train on the sum of the losses that ``forward`` returns; returns them without gradients.
+
+        Args:
+            files: the images of this process's batch.
+
+        Raises:
+            FloatingPointError: see :meth:`FiniteLossGuard.watch`.
+        """
+        with self._autocast():
+            losses = forward()
+        self.guard.watch(iteration, losses, files)
+        self._optimizer.zero_grad()
+        total = functools.reduce(torch.add, losses.values())
+        if self.scaler is None:
+            total.backward()
+            self._optimizer.step()
+        else:
+            self.scaler.scale(total).backward()
+            self.scaler.unscale_(self._optimizer)  # before they are clipped
+            self.scaler.step(self._optimizer)
+            self.scaler.update()
+        return {name: loss.detach() for name, loss in losses.items()}
 
 
 class GradientClipper:

@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import os
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -36,14 +37,14 @@ from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
-    check_datasets,
+    check_run,
     check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
+from ..step import HealthLog, TrainingStep, is_due
 from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
@@ -77,20 +78,34 @@ class GroupSamplingCheckpointer(CheckpointMixin, DetectionCheckpointer):
     naming = "detectron2"
 
 
-class _ReadsLate:
-    """A trainer of Detectron2 that reads its losses back, and gathers them, when the log is written: in one go."""
+class _StepTrainer(SimpleTrainer):
+    """A trainer of Detectron2 with this project's :class:`~group_sampling.engines.step.TrainingStep`.
+
+    It reads its losses back, and gathers them, when the log is written: in one go. With float16 its state has
+    Detectron2's "grad_scaler".
+    """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer):
         super().__init__(model, loader, optimizer)
-        self._clipper = GradientClipper(cfg, optimizer)
+        self.update = TrainingStep(cfg, optimizer)
         self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses and "grad_norm"
 
     def run_step(self) -> None:
-        super().run_step()
-        self._unread[-1][2]["grad_norm"] = self._clipper.norm
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        files = [example.get("file_name") for example in batch]
+        losses = self.update(self.iter, functools.partial(self.model, batch), files)
+        self._unread.append((self.iter, data_time, {**losses, "grad_norm": self.update.clipper.norm}))
 
-    def _write_metrics(self, loss_dict: dict[str, Tensor], data_time: float, *args, **kwargs) -> None:
-        self._unread.append((self.iter, data_time, {name: loss.detach() for name, loss in loss_dict.items()}))
+    def state_dict(self) -> dict:
+        scaler = self.update.scaler
+        return {**super().state_dict(), **({} if scaler is None else {"grad_scaler": scaler.state_dict()})}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if self.update.scaler is not None:
+            self.update.scaler.load_state_dict(state_dict["grad_scaler"])
 
     def read_metrics(self) -> list[float]:
         """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time.
@@ -117,16 +132,6 @@ class _ReadsLate:
         return values[:, names.index("grad_norm")].tolist()
 
 
-class _SimpleTrainer(_ReadsLate, SimpleTrainer):
-    pass
-
-
-class _AMPTrainer(_ReadsLate, AMPTrainer):
-    def after_backward(self) -> None:
-        super().after_backward()
-        self.grad_scaler.unscale_(self.optimizer)  # before they are clipped
-
-
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` with this project's loader, evaluator and checkpointer, also for several CPU processes.
 
@@ -150,9 +155,8 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
-        self._guard = FiniteLossGuard(optimizer)
-        model.register_forward_hook(functools.partial(_watch_losses, self._guard))
-        self._trainer = (_AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer)(cfg, model, loader, optimizer)
+        self._trainer = _StepTrainer(cfg, model, loader, optimizer)
+        self._guard = self._trainer.update.guard
         self._health = HealthLog(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -269,14 +273,6 @@ class Trainer(DefaultTrainer):
         return results[name] if len(results) == 1 else results
 
 
-def _watch_losses(
-    guard: FiniteLossGuard, model: nn.Module, inputs: tuple[list[dict]], losses: dict[str, Tensor]
-) -> None:
-    """Forward hook. Detectron2 itself raises on the main process only, and the others wait until they time out."""
-    if model.training:
-        guard.watch(get_event_storage().iter, losses, [example.get("file_name") for example in inputs[0]])
-
-
 def _without_traceback(entry: logging.LogRecord) -> bool:
     """Log filter: what a user can mend is a message in Detectron2's log as well."""
     if entry.exc_info and entry.exc_info[1] is not None and is_expected(entry.exc_info[1]):
@@ -351,5 +347,5 @@ def main(args: argparse.Namespace) -> dict | None:
         MissingDatasetError: files of a data set are missing.
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
-    check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
+    check_run(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
     return launch(_work, cfg, args)

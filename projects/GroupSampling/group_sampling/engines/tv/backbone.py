@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 
 from .config import FPN_BACKBONES
-from .extractor import TORCHVISION_BACKBONE, TorchvisionBody, stages_in_use
+from .extractor import TORCHVISION_BACKBONE, FrozenBatchNorm, TorchvisionBody, stages_in_use
 
 NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
-def _frozen_batch_norm(channels: int) -> FrozenBatchNorm2d:
-    norm = FrozenBatchNorm2d(channels)
+def _frozen_batch_norm(channels: int) -> FrozenBatchNorm:
+    norm = FrozenBatchNorm(channels)
     norm.running_var -= norm.eps  # the identity until weights are loaded, as in Detectron2
     return norm
 

@@ -86,8 +86,11 @@ class MetricWriter:
         )
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
-        """Write a line of ``metrics.json``, and to TensorBoard. NaN (AP of a scale without faces) is left out."""
-        scalars = {name: value for name, value in scalars.items() if not math.isnan(value)}
+        """Write a line of ``metrics.json``, and to TensorBoard.
+
+        Left out is what is not finite: AP of a scale without faces, the norm of gradients that a scaler let overflow.
+        """
+        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
         self._file.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
         self._file.flush()
         for name, value in scalars.items():

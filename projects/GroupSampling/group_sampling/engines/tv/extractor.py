@@ -144,6 +144,15 @@ def check_torchvision_backbone(cfg: CfgNode) -> None:
     stages_in_use(cfg, cfg.MODEL.RPN.IN_FEATURES)
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """``FrozenBatchNorm2d`` that keeps the 16 bits of its input, which its float32 buffers would widen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
+
+
 class TorchvisionBody(nn.Module):
     """A classifier of torchvision up to a given stage.
 
@@ -190,7 +199,7 @@ class TorchvisionBody(nn.Module):
         }
 
 
-def _freeze(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
-    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+def _freeze(norm: nn.BatchNorm2d) -> FrozenBatchNorm:
+    frozen = FrozenBatchNorm(norm.num_features, eps=norm.eps)
     frozen.load_state_dict(norm.state_dict())
     return frozen

@@ -37,14 +37,14 @@ from ...files import write_atomically
 from ..build import (
     build_test_transform,
     build_training_loader,
-    check_datasets,
+    check_run,
     check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
-from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
+from ..step import HealthLog, TrainingStep, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model, to_detections
@@ -133,7 +133,11 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     optimizer = build_optimizer(cfg, model)
     schedule = build_lr_schedule(cfg)
     is_main, max_iter = rank() == 0, cfg.SOLVER.MAX_ITER
-    checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, optimizer=optimizer)
+    update = TrainingStep(cfg, optimizer)
+    state = (
+        {"optimizer": optimizer} if update.scaler is None else {"optimizer": optimizer, "grad_scaler": update.scaler}
+    )
+    checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, **state)
     catalog = Catalog(cfg.DATASETS)
     sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
     checkpointer.description = describe_training(cfg, get_cfg(), sources)
@@ -155,7 +159,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
-    guard, clipper, health = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer), HealthLog(cfg, model)
+    guard, health = update.guard, HealthLog(cfg, model)
     logged: list[tuple[int, dict[str, float], float]] = []  # iteration, times, learning rate
     scalars: list[dict[str, Tensor]] = []  # of the same iterations, not read back yet
     batches = iter(loader)
@@ -167,8 +171,8 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = train_step(parallel, optimizer, guard, batch, device, iteration)
-        norm = {"grad_norm": clipper.norm}
+        losses = train_step(parallel, update, batch, device, iteration)
+        norm = {"grad_norm": update.clipper.norm}
         scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **model.sample_counts})
         times = {"time": time.perf_counter() - start, "data_time": data_time}
         if model.rpn.criterion.sampler.timer.seconds is not None:
@@ -209,27 +213,24 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: FiniteLossGuard,
-    batch: Sequence[Example],
-    device: torch.device,
-    iteration: int,
+    model: nn.Module, update: TrainingStep, batch: Sequence[Example], device: torch.device, iteration: int
 ) -> dict[str, Tensor]:
-    """One update of the weights, for which the host does not wait; returns the losses, without gradients.
+    """One update of the weights, see :class:`TrainingStep`; returns the losses, without gradients.
 
     Raises:
         FloatingPointError: see :meth:`FiniteLossGuard.watch`.
     """
-    losses = model(
-        [example.image.to(device, non_blocking=True).float() for example in batch],
-        [{name: value.to(device, non_blocking=True) for name, value in example.target.items()} for example in batch],
-    )
-    guard.watch(iteration, losses, [example.record.file_name for example in batch])
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    optimizer.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+
+    def forward() -> dict[str, Tensor]:
+        return model(
+            [example.image.to(device, non_blocking=True).float() for example in batch],
+            [
+                {name: value.to(device, non_blocking=True) for name, value in example.target.items()}
+                for example in batch
+            ],
+        )
+
+    return update(iteration, forward, [example.record.file_name for example in batch])
 
 
 @stop.handler.at_once()
@@ -340,5 +341,5 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         MissingDatasetError: files of a data set are missing.
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
-    check_datasets(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
+    check_run(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
     return launch(_work, cfg, args)

@@ -5,6 +5,7 @@ dispatch mode notes each operation that would wait for a GPU's values, with the 
 size of a result depends on values, the largest one stands for it.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -20,6 +21,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.weak import WeakIdKeyDictionary
 from tv_cases import CONFIGS, SMALL_OPTS, write_tiny_config
 
+import group_sampling.engines.step as step
 import group_sampling.engines.tv.train as tv_train
 from group_sampling.data.loader import Batch
 from group_sampling.data.records import ImageRecord
@@ -218,6 +220,16 @@ def test_detectron2(name, tmp_path):
 def test_readings_of_group_sampling(fill):
     reading = ("MODEL.GROUP_SAMPLING.FILL", fill, "MODEL.GROUP_SAMPLING.LOSS_MEAN", "group")
     assert waits_of_torchvision(SINGLE_STAGE[0], (*reading, "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn")) == {}
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
+def test_mixed_precision(waits_of, precision, tmp_path, monkeypatch):
+    """With float16 the scaler's part of the step; autocast, which the meta device lacks, does nothing here."""
+    monkeypatch.setattr(step, "training_precision", lambda cfg: precision)
+    scaler = functools.partial(torch.amp.GradScaler, "meta")
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device_type: scaler())
+    assert waits_of(SINGLE_STAGE[0], ("OUTPUT_DIR", str(tmp_path))) == {}
 
 
 @pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])

@@ -159,8 +159,9 @@ def waits_of_torchvision(name, opts=(), change=lambda model: None):
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), [*SMALL_OPTS, *opts])
     model, examples = build_model(cfg).train().to(GPU), batch(tv_train.to_example)
     change(model)
+    tv_train.prepare_network(cfg, model, (tv_train.BasicBlock,))
     optimizer = tv_train.build_optimizer(cfg, model)
-    update = TrainingStep(cfg, optimizer)
+    update = TrainingStep(cfg, model, optimizer)
     for Event.step in range(2):
         with Waits() as waits:
             tv_train.train_step(model, update, examples, GPU, Event.step)
@@ -237,6 +238,14 @@ def test_mixed_precision(waits_of, precision, tmp_path, monkeypatch):
 def test_clipping(waits_of, clip_type, tmp_path):
     clipping = ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type)
     assert waits_of(SINGLE_STAGE[0], (*clipping, "OUTPUT_DIR", str(tmp_path))) == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["SOLVER.ACCUMULATE_STEPS 2", "SOLVER.EMA.ENABLED True", "MODEL.BACKBONE.RECOMPUTE True"]
+)
+@pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
+def test_what_makes_a_step_smaller_or_averages_it(waits_of, key, tmp_path):
+    assert waits_of(SINGLE_STAGE[0], (*key.split(), "OUTPUT_DIR", str(tmp_path))) == {}
 
 
 # Of the two images of a batch. NMS and what is kept before it have a size that depends on values, and torchvision puts

@@ -97,10 +97,13 @@ def test_scaled_gradients_are_unscaled_first(fused):
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
     cfg = clipping("full_model", 1.0)
     cfg.MODEL, cfg.SOLVER.AMP = CfgNode({"DEVICE": "cpu"}), CfgNode({"ENABLED": False})
-    step = TrainingStep(cfg, optimizer)
+    cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.EMA = 1, CfgNode({"ENABLED": False})
+    step = TrainingStep(cfg, torch.nn.Identity(), optimizer)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for iteration, factor in enumerate((1.0, 1e36)):
-        losses = step(iteration, lambda x=factor: {"loss": (weight * torch.tensor([3.0, 4.0]) * x).sum()}, ["a.jpg"])
+        losses = step(
+            iteration, [factor], lambda x: {"loss": (weight * torch.tensor([3.0, 4.0]) * x[0]).sum()}, ["a.jpg"]
+        )
         assert losses["loss"].isfinite() and not losses["loss"].requires_grad
         assert weight.tolist() == pytest.approx([-0.6, -0.8])
         assert math.isfinite(step.clipper.norm) == (factor == 1.0 or not fused)

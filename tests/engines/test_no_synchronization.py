@@ -5,6 +5,7 @@ dispatch mode notes each operation that would wait for a GPU's values, with the 
 size of a result depends on values, the largest one stands for it.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -20,6 +21,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.weak import WeakIdKeyDictionary
 from tv_cases import CONFIGS, SMALL_OPTS, write_tiny_config
 
+import group_sampling.engines.step as step
 import group_sampling.engines.tv.train as tv_train
 from group_sampling.data.loader import Batch
 from group_sampling.data.records import ImageRecord
@@ -157,8 +159,9 @@ def waits_of_torchvision(name, opts=(), change=lambda model: None):
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), [*SMALL_OPTS, *opts])
     model, examples = build_model(cfg).train().to(GPU), batch(tv_train.to_example)
     change(model)
+    tv_train.prepare_network(cfg, model, (tv_train.BasicBlock,))
     optimizer = tv_train.build_optimizer(cfg, model)
-    update = TrainingStep(cfg, optimizer)
+    update = TrainingStep(cfg, model, optimizer)
     for Event.step in range(2):
         with Waits() as waits:
             tv_train.train_step(model, update, examples, GPU, Event.step)
@@ -220,11 +223,29 @@ def test_readings_of_group_sampling(fill):
     assert waits_of_torchvision(SINGLE_STAGE[0], (*reading, "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn")) == {}
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
+def test_mixed_precision(waits_of, precision, tmp_path, monkeypatch):
+    """With float16 the scaler's part of the step; autocast, which the meta device lacks, does nothing here."""
+    monkeypatch.setattr(step, "training_precision", lambda cfg: precision)
+    scaler = functools.partial(torch.amp.GradScaler, "meta")
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device_type: scaler())
+    assert waits_of(SINGLE_STAGE[0], ("OUTPUT_DIR", str(tmp_path))) == {}
+
+
 @pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])
 @pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
 def test_clipping(waits_of, clip_type, tmp_path):
     clipping = ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type)
     assert waits_of(SINGLE_STAGE[0], (*clipping, "OUTPUT_DIR", str(tmp_path))) == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["SOLVER.ACCUMULATE_STEPS 2", "SOLVER.EMA.ENABLED True", "MODEL.BACKBONE.RECOMPUTE True"]
+)
+@pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
+def test_what_makes_a_step_smaller_or_averages_it(waits_of, key, tmp_path):
+    assert waits_of(SINGLE_STAGE[0], (*key.split(), "OUTPUT_DIR", str(tmp_path))) == {}
 
 
 # Of the two images of a batch. NMS and what is kept before it have a size that depends on values, and torchvision puts

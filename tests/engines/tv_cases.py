@@ -1,9 +1,15 @@
 """A detector small enough to train in seconds, and runs of it."""
 
+import importlib
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
+
+from group_sampling.engines.build import build_training_loader, load_records
+from group_sampling.engines.step import TrainingStep
 
 CONFIGS = Path(__file__).resolve().parents[2] / "projects/GroupSampling/configs"
 
@@ -85,3 +91,37 @@ def arguments(
         dist_url="auto",
         opts=["OUTPUT_DIR", str(folder), *map(str, opts)],
     )
+
+
+def train_module(engine: str):
+    """``engines.tv.train`` or ``engines.d2.train``; skips where Detectron2 is missing."""
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    return importlib.import_module(f"group_sampling.engines.{'d2' if engine == 'detectron2' else 'tv'}.train")
+
+
+def first_step(engine: str, name: str, opts: list[str], folder: Path):
+    """A model of SMALL_OPTS after its first training step, and the losses of it."""
+    train = train_module(engine)
+    cfg = train.load_config(str(CONFIGS / f"{name}.yaml"), [*SMALL_OPTS, *opts, "OUTPUT_DIR", str(folder)])
+    torch.manual_seed(0)
+    if engine == "torchvision":
+        model = train.build_model(cfg).train()
+        train.prepare_network(cfg, model, (train.BasicBlock, train.Bottleneck))
+        update = TrainingStep(cfg, model, train.build_optimizer(cfg, model))
+        batch = next(iter(build_training_loader(cfg, load_records(cfg, cfg.DATASETS.TRAIN), train.to_example)))
+        return model, train.train_step(model, update, batch, torch.device("cpu"), 0)[0]
+
+    from detectron2.utils.events import EventStorage
+
+    trainer = train.Trainer(cfg)
+    trainer.iter = 0
+    with EventStorage(0):
+        trainer.run_step()
+    losses = trainer._trainer._unread[0][2]
+    return trainer.model, {name: loss for name, loss in losses.items() if name != "grad_norm"}
+
+
+def gradients_of(model: torch.nn.Module) -> torch.Tensor:
+    """All of them in one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])

@@ -2,7 +2,9 @@
 
 import difflib
 import os
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
@@ -24,6 +26,18 @@ from .files import atomic_file, open_regular, write_atomically
 _MAX_NAME_BYTES = 4096
 
 
+def refuse_average() -> NoReturn:
+    """Refuse to resume a training whose checkpoint has averaged weights (``SOLVER.EMA``) without the average.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        "--resume: SOLVER.EMA.ENABLED: expected True, since the weights of the checkpoint are an average, got False; "
+        "start a new run from them with MODEL.WEIGHTS and another OUTPUT_DIR"
+    )
+
+
 class CheckpointMixin(Checkpointer):
     """Mixed into fvcore's ``Checkpointer`` or a subclass of it; the class that does so sets ``naming``.
 
@@ -34,12 +48,17 @@ class CheckpointMixin(Checkpointer):
 
     naming: str
     description = Description()  # set by the training
+    saved_weights: Callable[[], AbstractContextManager] = nullcontext  # likewise: within it, the model has them
     _needs_state = False  # of the file: it continues a training
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
         if not self.save_dir or not self.save_to_disk:
             return
+        with self.saved_weights():
+            self._save(name, **kwargs)
+
+    def _save(self, name: str, **kwargs: Any) -> None:
         data = {"model": self.model.state_dict(), "engine": self.naming}
         if self.description.config:
             data.update(config=self.description.config, class_names=list(self.description.class_names))
@@ -89,6 +108,8 @@ class CheckpointMixin(Checkpointer):
                 raise
             file, reason = self.get_checkpoint_file(), f"{type(error).__name__}: {error}"
             raise CheckpointError(f"--resume: {file}: the state of its training cannot be used: {reason}") from error
+        if self._needs_state and "ema" in extra:
+            refuse_average()
         if self._needs_state:
             for key, before, now in changed_keys(extra.get("config", ""), self.description.config):
                 self.logger.warning(f"--resume: {key} was {before}, and is {now} from here on")

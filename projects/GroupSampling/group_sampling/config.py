@@ -69,6 +69,13 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # name of its BACKBONE_REGISTRY, to which engines/d2/bottom_up.py adds RegNet, Swin and ViT.
     cfg.MODEL.BACKBONE.BOTTOM_UP = "build_group_sampling_resnet_backbone"
 
+    # How a training computes the network; results are equal up to rounding. Channels last in memory: for convolutions
+    # on tensor cores. RECOMPUTE: the blocks of a ResNet keep no activations, and run again in the backward pass.
+    # COMPILE: the backbone with its FPN, by torch.compile; sizes of images that vary are compiled for once more.
+    cfg.MODEL.CHANNELS_LAST = False
+    cfg.MODEL.BACKBONE.RECOMPUTE = False
+    cfg.MODEL.BACKBONE.COMPILE = False
+
     # Factors of the random resize; applied together with INPUT.CROP (TYPE "absolute") and INPUT.RANDOM_FLIP.
     cfg.INPUT.SCALE_JITTER = SCALE_JITTER
     # A face of which less than this share of its area is left after the crop is dropped.
@@ -77,6 +84,15 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # With SOLVER.AMP.ENABLED the network is trained in mixed precision: "float16" with a scaled loss on a GPU (what
     # Detectron2 does), or "bfloat16", which needs no scaling, on a GPU or a CPU. Weights and losses stay float32.
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # Each step sees its SOLVER.IMS_PER_BATCH images in this many parts, one after the other, and trains on the mean of
+    # their losses, for a fraction of the memory: what this many times as many GPUs would do. Iterations, images and
+    # draws are those of one part.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Exponential moving average of the weights, moved after each step: average = DECAY average + (1 - DECAY) weights.
+    # Evaluations use it, and it is the "model" of checkpoints, which have the weights in training under "ema".
+    ema = cfg.SOLVER.EMA = node()
+    ema.ENABLED = False
+    ema.DECAY = 0.999
 
     # Data sets declared by a line of the config. Annotations and images are relative to $DETECTRON2_DATASETS. A list
     # (one image path a line, the set is restricted to them) belongs to the config: relative to the working directory.

@@ -11,6 +11,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "SEED": (-1, 2**31 - 1),
     "SOLVER.MAX_ITER": (1, _INF),
     "SOLVER.IMS_PER_BATCH": (1, _INF),
+    "SOLVER.ACCUMULATE_STEPS": (1, _INF),
+    "SOLVER.EMA.DECAY": (0, 1),
     "SOLVER.BASE_LR": (0, 1e6),
     "SOLVER.MOMENTUM": (0, 1),
     "SOLVER.WEIGHT_DECAY": (0, 1e6),
@@ -87,6 +89,11 @@ def check_common_values(cfg: CfgNode) -> None:
             "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
         )
     check_values(cfg, {"SOLVER.AMP.PRECISION": ("float16", "bfloat16")}, "what the network is trained in")
+    if cfg.MODEL.BACKBONE.COMPILE and cfg.MODEL.BACKBONE.RECOMPUTE:
+        raise ConfigError(
+            "MODEL.BACKBONE.COMPILE and RECOMPUTE: expected one of them, got both; what is compiled is recomputed as "
+            "the compiler decides"
+        )
     clipping = cfg.SOLVER.CLIP_GRADIENTS
     check_values(
         cfg,

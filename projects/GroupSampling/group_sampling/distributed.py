@@ -1,10 +1,16 @@
 """Rank, world size and exchange of Python objects, in one process or several."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+# First image and number of images of this process's batch, of which a forward pass sees a part.
+_part: ContextVar[tuple[int, int] | None] = ContextVar("part", default=None)
 
 
 def _is_initialized() -> bool:
@@ -19,6 +25,25 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if _is_initialized() else 1
+
+
+@contextmanager
+def part_of_batch(first: int, num_images: int) -> Iterator[None]:
+    """Within, a forward pass sees the images from ``first`` on of this process's batch of ``num_images``."""
+    token = _part.set((first, num_images))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def first_image(num_images: int) -> int:
+    """Number, over all ranks, of the first of ``num_images`` images that this process sees in a forward pass.
+
+    No other image of the same step has the number of one of them, also where its batch is seen in parts.
+    """
+    first, in_batch = _part.get() or (0, num_images)
+    return rank() * in_batch + first
 
 
 def all_gather(value: T) -> list[T]:

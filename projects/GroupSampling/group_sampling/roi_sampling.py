@@ -8,10 +8,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from . import distributed
 from .config import ConfigError, anchor_scales, sample_count
 from .monitor import count_by_scale
 from .ops import MatchOptions, match_anchors, sample_groups
-from .samplers import first_image, named_class
+from .samplers import named_class
 from .scales import scale_borders
 
 # Keeps the draws of proposals independent of the draws of anchors, which start from the same seed.
@@ -146,7 +147,7 @@ class ProposalSampler(ABC):
             ignore_boxes: B tensors (k_b, 4): regions whose proposals are not used as negatives.
             iteration: the training iteration.
         """
-        first = first_image(len(proposals))
+        first = distributed.first_image(len(proposals))
         regions: Sequence[Tensor | None] = [None] * len(proposals) if ignore_boxes is None else ignore_boxes
         found = []
         for image, (boxes, gt, ignore) in enumerate(zip(proposals, gt_boxes, regions)):

@@ -202,7 +202,7 @@ class _RandomSampler(AnchorSampler):
             positive_fraction=self.positive_fraction,
             seed=self.seed,
             iteration=iteration,
-            first_image=first_image(len(gt_boxes)),
+            first_image=distributed.first_image(len(gt_boxes)),
             **self.match_options,
         )
 
@@ -367,11 +367,6 @@ def named_class(cfg: CfgNode, key: str, registry: Mapping[str, T]) -> T:
     if name not in registry:
         raise ConfigError(f"{key}: expected one of {', '.join(map(repr, registry))}, got {name!r}")
     return registry[name]
-
-
-def first_image(num_images: int) -> int:
-    """Number, over all ranks, of the first of a rank's ``num_images`` images: equal for no two ranks."""
-    return distributed.rank() * num_images
 
 
 def take_matches(match: MatchResult, index: Tensor) -> AssignResult:

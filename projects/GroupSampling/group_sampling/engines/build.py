@@ -354,10 +354,12 @@ def build_training_loader(
             f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but DATASETS.TRAIN "
             f"{tuple(cfg.DATASETS.TRAIN)} has boxes of {num_classes} classes"
         )
-    world_size = distributed.world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+    world_size, parts = distributed.world_size(), cfg.SOLVER.ACCUMULATE_STEPS
+    if cfg.SOLVER.IMS_PER_BATCH % (world_size * parts):
+        times = f", times SOLVER.ACCUMULATE_STEPS {parts}" if parts > 1 else ""
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {world_size} processes, got {cfg.SOLVER.IMS_PER_BATCH}"
+            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {world_size} processes{times}, got "
+            f"{cfg.SOLVER.IMS_PER_BATCH}"
         )
     return build_train_loader(
         records,

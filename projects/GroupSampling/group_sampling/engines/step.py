@@ -5,22 +5,26 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from .. import stop
 from ..criterion import AnchorCriterion
-from ..distributed import world_size
+from ..distributed import part_of_batch, world_size
 from ..monitor import HealthWatch
+from .averaging import WeightAverage
 from .build import LOG_PERIOD, training_precision
 
 logger = logging.getLogger(__name__)
+
+Example = TypeVar("Example")
 
 
 def is_due(iteration: int, max_iter: int, *periods: int) -> bool:
@@ -39,49 +43,82 @@ class TrainingStep:
     With ``SOLVER.AMP`` the network's convolutions and matrix products run in 16 bits, and with float16 the loss is
     scaled, so that small gradients are not lost. Weights, losses, matching, sampling and boxes stay float32.
 
+    With ``SOLVER.ACCUMULATE_STEPS`` the batch is seen in as many parts, and the mean of their losses is trained on: a
+    process does what as many processes would do.
+
     Args:
-        optimizer: no other hooks of it should read gradients; it gets those of :class:`FiniteLossGuard` and
-            :class:`GradientClipper`.
+        model: in training mode, in ``DistributedDataParallel`` if there are several processes.
+        optimizer: gets the hooks of :class:`FiniteLossGuard` and :class:`GradientClipper`.
 
     Attributes:
-        scaler: with float16, the scaler of the loss, whose state is part of a checkpoint; else None.
+        stateful: by name, what is part of a checkpoint beside model and optimizer: with float16 the "grad_scaler", with
+            ``SOLVER.EMA`` the "ema".
 
     Raises:
         ConfigError: see :func:`~group_sampling.engines.build.training_precision`.
     """
 
-    def __init__(self, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        self._optimizer = optimizer
+    def __init__(self, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self._optimizer, self._num_parts = model, optimizer, cfg.SOLVER.ACCUMULATE_STEPS
         self.guard, self.clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
         device_type, precision = torch.device(cfg.MODEL.DEVICE).type, training_precision(cfg)
         self._autocast = nullcontext if precision is None else functools.partial(torch.autocast, device_type, precision)
         self.scaler = torch.amp.GradScaler(device_type) if precision == torch.float16 else None
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self.average = WeightAverage(inner, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        named = {"grad_scaler": self.scaler, "ema": self.average}
+        self.stateful = {name: part for name, part in named.items() if part is not None}
 
     def __call__(
-        self, iteration: int, forward: Callable[[], dict[str, Tensor]], files: Sequence[str | None]
+        self,
+        iteration: int,
+        batch: Sequence[Example],
+        forward: Callable[[Sequence[Example]], dict[str, Tensor]],
+        files: Sequence[str | None],
     ) -> dict[str, Tensor]:
         """Train on the sum of the losses that ``forward`` returns; returns them without gradients.
 
         Args:
-            files: the images of this process's batch.
+            batch: of this process.
+            forward: the losses of some of its examples; called once for each part.
+            files: the images of the batch.
 
         Raises:
             FloatingPointError: see :meth:`FiniteLossGuard.watch`.
         """
-        with self._autocast():
-            losses = forward()
-        self.guard.watch(iteration, losses, files)
-        self._optimizer.zero_grad()
-        total = functools.reduce(torch.add, losses.values())
+        count = self._num_parts
+        size = len(batch) // count
+        losses: dict[str, Tensor] = {}
+        for k in range(count):
+            with self._without_exchange() if k + 1 < count else nullcontext():
+                with self._autocast(), part_of_batch(k * size, len(batch)):
+                    part = forward(batch[k * size : (k + 1) * size])
+                if count > 1:
+                    part = {name: loss / count for name, loss in part.items()}
+                losses = {name: losses[name] + loss.detach() if k else loss.detach() for name, loss in part.items()}
+                if k + 1 == count:
+                    self.guard.watch(iteration, losses, files)
+                if k == 0:
+                    self._optimizer.zero_grad()
+                total = functools.reduce(torch.add, part.values())
+                (total if self.scaler is None else self.scaler.scale(total)).backward()
         if self.scaler is None:
-            total.backward()
             self._optimizer.step()
         else:
-            self.scaler.scale(total).backward()
             self.scaler.unscale_(self._optimizer)  # before they are clipped
             self.scaler.step(self._optimizer)
             self.scaler.update()
-        return {name: loss.detach() for name, loss in losses.items()}
+        if self.average is not None:
+            self.average.update()
+        return losses
+
+    def _without_exchange(self) -> AbstractContextManager:
+        """Gradients are exchanged between the processes with the last part."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def averaged(self) -> AbstractContextManager:
+        """Within, the model has the average weights, if there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
 
 
 class GradientClipper:

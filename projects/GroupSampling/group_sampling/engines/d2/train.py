@@ -7,7 +7,8 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -25,13 +26,14 @@ from detectron2.evaluation import (
     print_csv_format,
     verify_results,
 )
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, DeformBottleneckBlock
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from ... import stop
-from ...checkpointer import CheckpointMixin
+from ...checkpointer import CheckpointMixin, refuse_average
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
 from ...errors import describe, is_expected
 from ..build import (
@@ -44,6 +46,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
+from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
@@ -81,13 +84,13 @@ class GroupSamplingCheckpointer(CheckpointMixin, DetectionCheckpointer):
 class _StepTrainer(SimpleTrainer):
     """A trainer of Detectron2 with this project's :class:`~group_sampling.engines.step.TrainingStep`.
 
-    It reads its losses back, and gathers them, when the log is written: in one go. With float16 its state has
-    Detectron2's "grad_scaler".
+    It reads its losses back, and gathers them, when the log is written: in one go. Its state has what
+    ``TrainingStep.stateful`` has, such as the "grad_scaler" of Detectron2's own trainer.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer):
         super().__init__(model, loader, optimizer)
-        self.update = TrainingStep(cfg, optimizer)
+        self.update = TrainingStep(cfg, model, optimizer)
         self._unread: list[tuple[int, float, dict[str, Tensor]]] = []  # iteration, data time, losses and "grad_norm"
 
     def run_step(self) -> None:
@@ -95,17 +98,18 @@ class _StepTrainer(SimpleTrainer):
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         files = [example.get("file_name") for example in batch]
-        losses = self.update(self.iter, functools.partial(self.model, batch), files)
+        losses = self.update(self.iter, batch, self.model, files)
         self._unread.append((self.iter, data_time, {**losses, "grad_norm": self.update.clipper.norm}))
 
     def state_dict(self) -> dict:
-        scaler = self.update.scaler
-        return {**super().state_dict(), **({} if scaler is None else {"grad_scaler": scaler.state_dict()})}
+        return {**super().state_dict(), **{name: part.state_dict() for name, part in self.update.stateful.items()}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        if self.update.scaler is not None:
-            self.update.scaler.load_state_dict(state_dict["grad_scaler"])
+        for name, part in self.update.stateful.items():
+            part.load_state_dict(state_dict[name])
+        if "ema" in state_dict and self.update.average is None:
+            refuse_average()
 
     def read_metrics(self) -> list[float]:
         """Put what ``SimpleTrainer.write_metrics`` does into the event storage, for the iterations since last time.
@@ -151,6 +155,7 @@ class Trainer(DefaultTrainer):
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
 
         model = self.build_model(cfg)
+        prepare_network(cfg, model, (BasicBlock, BottleneckBlock, DeformBottleneckBlock))
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
@@ -160,9 +165,12 @@ class Trainer(DefaultTrainer):
         self._health = HealthLog(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.saved_weights = self._trainer.update.averaged
         if comm.is_main_process():
             sources = [find_source(cfg, name) for name in cfg.DATASETS.TRAIN]
             self.checkpointer.description = describe_training(cfg, get_cfg(), sources)
+        # The hooks evaluate with it.
+        self.test = functools.partial(_test_averaged, self._trainer.update, self.test)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -170,7 +178,7 @@ class Trainer(DefaultTrainer):
         check_start(self.cfg, self.start_iter)
         if self.start_iter > 0:  # the loader of __init__ starts at iteration 0
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
-            # The hooks evaluate with it: the last evaluation is resumed as well.
+            # The last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
 
     @stop.handler.deferred()
@@ -271,6 +279,11 @@ class Trainer(DefaultTrainer):
             if comm.is_main_process():
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results
+
+
+def _test_averaged(update: TrainingStep, test: Callable, *args: Any, **kwargs: Any) -> Any:
+    with update.averaged():
+        return test(*args, **kwargs)
 
 
 def _without_traceback(entry: logging.LogRecord) -> bool:

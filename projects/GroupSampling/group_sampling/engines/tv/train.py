@@ -22,6 +22,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import clip_boxes_to_image
 
 from ... import stop
@@ -44,6 +45,7 @@ from ..build import (
     resolve_seed,
 )
 from ..launch import launch
+from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
@@ -130,14 +132,19 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         SystemExit: SIGTERM or SIGINT; a checkpoint has been written.
         ConfigError: the checkpoint to continue from is the other engine's.
     """
+    prepare_network(cfg, model, (BasicBlock, Bottleneck))
     optimizer = build_optimizer(cfg, model)
     schedule = build_lr_schedule(cfg)
     is_main, max_iter = rank() == 0, cfg.SOLVER.MAX_ITER
-    update = TrainingStep(cfg, optimizer)
-    state = (
-        {"optimizer": optimizer} if update.scaler is None else {"optimizer": optimizer, "grad_scaler": update.scaler}
-    )
+    parallel: nn.Module = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    update = TrainingStep(cfg, parallel, optimizer)
+    state = {"optimizer": optimizer, **update.stateful}
     checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=is_main, **state)
+    checkpointer.saved_weights = update.averaged
     catalog = Catalog(cfg.DATASETS)
     sources = [catalog[name] for name in cfg.DATASETS.TRAIN]
     checkpointer.description = describe_training(cfg, get_cfg(), sources)
@@ -151,11 +158,6 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     records = [record for source in sources for record in source.records]
     loader = build_training_loader(cfg, records, to_example, start_iter=start_iter)
-    parallel: nn.Module = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
     writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
@@ -171,9 +173,9 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         lr = cfg.SOLVER.BASE_LR * schedule(iteration / max_iter)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = train_step(parallel, update, batch, device, iteration)
+        losses, counts = train_step(model, update, batch, device, iteration)
         norm = {"grad_norm": update.clipper.norm}
-        scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **model.sample_counts})
+        scalars.append({"total_loss": sum(losses.values()), **losses, **norm, **counts})
         times = {"time": time.perf_counter() - start, "data_time": data_time}
         if model.rpn.criterion.sampler.timer.seconds is not None:
             times["time_assign"] = model.rpn.criterion.sampler.timer.seconds
@@ -196,7 +198,8 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
             stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
             try:
-                metrics = evaluate(cfg, model, device)
+                with update.averaged():
+                    metrics = evaluate(cfg, model, device)
             except stop.Stopped as stopped:
                 stop.save_and_stop(checkpointer, iteration, stopped.number)
             if writer and metrics:
@@ -204,7 +207,8 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     left_out = loader.summary()
     if left_out:
         logger.warning(left_out)
-    metrics = evaluate(cfg, model, device, resume=resume)
+    with update.averaged():
+        metrics = evaluate(cfg, model, device, resume=resume)
     if writer:
         if metrics:
             writer.write(max_iter - 1, metrics)
@@ -213,24 +217,26 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
 
 def train_step(
-    model: nn.Module, update: TrainingStep, batch: Sequence[Example], device: torch.device, iteration: int
-) -> dict[str, Tensor]:
-    """One update of the weights, see :class:`TrainingStep`; returns the losses, without gradients.
+    model: GroupSamplingRCNN, update: TrainingStep, batch: Sequence[Example], device: torch.device, iteration: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One update of the weights, see :class:`TrainingStep`; returns losses without gradients, and ``sample_counts``.
 
     Raises:
         FloatingPointError: see :meth:`FiniteLossGuard.watch`.
     """
+    counts = []
 
-    def forward() -> dict[str, Tensor]:
-        return model(
-            [example.image.to(device, non_blocking=True).float() for example in batch],
-            [
-                {name: value.to(device, non_blocking=True) for name, value in example.target.items()}
-                for example in batch
-            ],
+    def forward(examples: Sequence[Example]) -> dict[str, Tensor]:
+        model.set_iteration(iteration)  # a pass counts as one, and a step may have several
+        losses = update.model(
+            [example.image.to(device, non_blocking=True).float() for example in examples],
+            [{name: x.to(device, non_blocking=True) for name, x in example.target.items()} for example in examples],
         )
+        counts.append(model.sample_counts)
+        return losses
 
-    return update(iteration, forward, [example.record.file_name for example in batch])
+    losses = update(iteration, batch, forward, [example.record.file_name for example in batch])
+    return losses, {name: sum(part[name] for part in counts) / len(counts) for name in counts[0]}
 
 
 @stop.handler.at_once()

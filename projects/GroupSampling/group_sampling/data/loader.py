@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ToExample = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, ImageRecord, int], Any]
 
 _MAX_ATTEMPTS = 20
-_MIN_BAD_DRAWS = 5
+_MIN_BAD = 5
 _NUM_LISTED_FILES = 20
 
 # Distinguish the random streams of one seed.
@@ -242,7 +242,9 @@ class TrainLoader(DataLoader):
             hits = f"{sum(skipped)} of {sum(draws)} draws hit one of {len(unreadable)} unreadable images"
             lines.append(f"{hits}, which were replaced:\n{list_files(unreadable)}")
         if outside_boxes:
-            lines.append(f"{len(outside_boxes)} images had {sum(outside_boxes.values())} boxes outside of them, or nearly")
+            lines.append(
+                f"{len(outside_boxes)} images had {sum(outside_boxes.values())} boxes outside of them, or nearly"
+            )
         num_exchanged = len(set().union(*exchanged))
         if num_exchanged:
             lines.append(f"{num_exchanged} images have boxes that fit their other orientation alone")
@@ -252,7 +254,7 @@ class TrainLoader(DataLoader):
         share = self.dataset.max_bad_share
         expected = share * self.num_draws
         # Three standard deviations, or a set just under the share would be stopped by an unlucky order.
-        if self.num_skipped >= _MIN_BAD_DRAWS and self.num_skipped > expected + 3 * math.sqrt(expected):
+        if self.num_skipped >= _MIN_BAD and self.num_skipped > expected + 3 * math.sqrt(expected):
             raise BadDataError(
                 f"{self.num_skipped} of {self.num_draws} images drawn cannot be read; expected a share of at most "
                 f"{share:g}. Got:\n{list_files(self.skipped_files)}"
@@ -350,6 +352,11 @@ class _TestImages(Dataset):
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
     return np.random.default_rng([seed, _EPOCH, epoch]).permutation(num_records)
+
+
+def too_many(num_bad: int, num_images: int, max_share: float) -> bool:
+    """Whether so many images that cannot be read end a run; a handful never do."""
+    return num_bad >= _MIN_BAD and num_bad > max_share * num_images
 
 
 def list_files(reasons: Mapping[str, str]) -> str:

@@ -53,24 +53,6 @@ def check_config(cfg: CfgNode) -> None:
         build_pyramid(cfg)
 
 
-def check_datasets(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_only: bool) -> None:
-    """Refuse a run that will lack a data set: better now than after the training.
-
-    Args:
-        find_source: the data set of a name; raises ValueError for an unknown one.
-
-    Raises:
-        ConfigError: an unknown name, or an invalid declaration.
-        MissingDatasetError: files are missing.
-    """
-    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            try:
-                find_source(name).require()
-            except ValueError as error:
-                raise ConfigError(f"DATASETS.{key}: {error}") from error
-
-
 def describe_training(cfg: CfgNode, defaults: CfgNode, sources: Sequence[Source]) -> Description:
     """What the checkpoints of a training say of themselves.
 

@@ -1,5 +1,6 @@
 import math
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from group_sampling.data.images import read_image
 from group_sampling.data.records import (
     CLIPPED,
+    FAR,
     INVERTED,
     NON_FINITE,
     OUTSIDE,
@@ -18,6 +20,7 @@ from group_sampling.data.records import (
     ImageRecord,
     ImageRoot,
     UnreadableImageError,
+    far_outside,
     usable_boxes,
 )
 
@@ -110,11 +113,14 @@ def _expected(x, y, w, h, size):
     if not (x2 > x1 and y2 > y1):
         return ZERO_AREA, None
     if size is None:
-        return None, corners
+        return (None, corners) if max(map(abs, corners)) <= 2**24 else (FAR, None)
     height, width = size
     inside = [min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)]
     if inside[0] == inside[2] or inside[1] == inside[3]:
         return OUTSIDE, None
+    left = Fraction(inside[2] - inside[0]) * Fraction(inside[3] - inside[1])
+    if left * 20 < (Fraction(x2) - Fraction(x1)) * (Fraction(y2) - Fraction(y1)):
+        return FAR, None
     return (CLIPPED if inside != corners else None), inside
 
 
@@ -134,10 +140,32 @@ def test_usable_boxes_equal_the_scalar_rule(rows, size):
     assert boxes.dtype == np.float32 and boxes.shape == (len(kept), 4)
     assert boxes.tolist() == [box for _, box in expected if box is not None]
     assert report.num_boxes == len(rows)
-    for kind in (NON_FINITE, INVERTED, ZERO_AREA, OUTSIDE, CLIPPED):
+    for kind in (NON_FINITE, INVERTED, ZERO_AREA, OUTSIDE, FAR, CLIPPED):
         places = [f"file:{i}" for i, (found, _) in enumerate(expected) if found == kind]
         assert report.counts[kind] == len(places)
         assert report.examples.get(kind, []) == places[:3]
+
+
+@pytest.mark.parametrize(
+    "xywh, size, kept",
+    [
+        ((10, 10, 1e9, 20), None, False),
+        ((10, 10, 1e8, 20), None, False),
+        ((-3e8, 10, 20, 20), None, False),
+        ((10, 10, 1e6, 20), None, True),  # the size of the image decides, where there is one
+        ((10, 10, 1e6, 20), (80, 100), False),
+        ((-900, -900, 2000, 2000), (400, 400), False),
+        ((-90, -90, 1000, 1000), (400, 400), True),
+        ((-16, 10, 20, 20), (80, 100), True),  # a fifth of a face at the edge
+    ],
+)
+def test_what_remains_after_clipping_decides(xywh, size, kept):
+    report = DataReport()
+    boxes, _ = usable_boxes([xywh, (1, 2, 3, 4)], size, ["a", "b"], report)
+    assert len(boxes) == 1 + kept and boxes[-1].tolist() == [1, 2, 4, 6]
+    assert report.counts[FAR] == (not kept)
+    x, y, w, h = xywh
+    assert size is None or far_outside(np.float32([[x, y, x + w, y + h]]), *size).tolist() == [not kept]
 
 
 def test_report_summary_lists_counts_and_places():

@@ -102,8 +102,12 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # Boxes are of the upright picture, turned by its EXIF orientation. False: they are of the pixels as stored, and
     # pictures are not turned.
     cfg.DATASETS.APPLY_EXIF = True
+    # Before the first step the headers of all image files of TRAIN and TEST are read, and remembered in OUTPUT_DIR.
+    # False: an image is first looked at when it is needed.
+    cfg.DATASETS.CHECK_IMAGES = True
 
-    # Training stops when more than this share of the images drawn could not be read.
+    # A run stops when more than this share of the images cannot be read: of those of a data set before the first step
+    # and in an evaluation, of those drawn in a training.
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1
 
     # Folder with wider_face_val.mat and wider_{easy,medium,hard}_val.mat: adds Easy, Medium and Hard to the evaluation.
@@ -345,7 +349,7 @@ def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
     if not old or not new:
         return []
     keys = (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
-    ignored = ("TEST.", "DATASETS.TEST", "MODEL.WEIGHTS")
+    ignored = ("TEST.", "DATASETS.TEST", "DATASETS.CHECK_IMAGES", "MODEL.WEIGHTS")
     return [
         (key, old.get(key, "the default"), new.get(key, "the default")) for key in keys if not key.startswith(ignored)
     ]

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -22,6 +23,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Allows larger images than Pillow does, which takes them for an attempt to exhaust the memory.
 MAX_PIXELS_VARIABLE = "GS_MAX_IMAGE_PIXELS"
 
+_16_BITS = ("PNG", "PPM")  # have no integers of 32 bits, though Pillow may read 16 into them
+_UNKNOWN_RANGE = "expected 8 or 16 bits a pixel, got 32, whose range is not known; convert it"
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 if os.environ.get(MAX_PIXELS_VARIABLE, "").isdecimal():
@@ -63,11 +66,11 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> np.ndarray:
             low, high = float(values.min()), float(values.max())
             raise ValueError(f"expected floats from 0 to 1, got {low:g} ... {high:g}; convert it to 8 or 16 bits")
         gray = (values * 255).round().astype(np.uint8)
-    elif image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+    elif image.mode.startswith("I;16") or (image.mode == "I" and file_format in _16_BITS):
         gray = ((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
         _say_scaled()
     elif image.mode == "I":
-        raise ValueError("expected 8 or 16 bits a pixel, got 32, whose range is not known; convert it")
+        raise ValueError(_UNKNOWN_RANGE)
     else:
         return np.array(image.convert("RGB"))
     return np.repeat(gray[:, :, None], 3, axis=2)
@@ -100,10 +103,30 @@ def read_size(file_name: str, *, is_raw: bool = False) -> tuple[int, int]:
     Raises:
         UnreadableImageError: the header cannot be read.
     """
+    return read_header(file_name).size(is_raw)
+
+
+class Header(NamedTuple):
+    """What the first bytes of an image file say: height and width as stored, and whether EXIF exchanges them."""
+
+    height: int
+    width: int
+    is_turned: bool
+
+    def size(self, is_raw: bool) -> tuple[int, int]:
+        """(height, width) as stored, or upright."""
+        return (self.width, self.height) if self.is_turned and not is_raw else (self.height, self.width)
+
+
+def read_header(file_name: str) -> Header:
+    """
+    Raises:
+        UnreadableImageError: it cannot be read, or the pixels could not be.
+    """
     with _opened(file_name) as image:
-        width, height = image.size
-        turned = not is_raw and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-    return (width, height) if turned else (height, width)
+        if image.mode == "I" and image.format not in _16_BITS:
+            raise ValueError(_UNKNOWN_RANGE)
+        return Header(image.height, image.width, image.getexif().get(ExifTags.Base.Orientation) in _TURNED)
 
 
 @contextmanager

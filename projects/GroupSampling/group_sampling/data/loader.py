@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from .. import distributed
 from ..errors import UserError
 from .images import read_image
-from .records import ImageRecord, UnreadableImageError, fit_exchanged_sides
+from .records import ImageRecord, UnreadableImageError, far_outside, fit_exchanged_sides
 from .transforms import TestTransform, TrainTransform
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ToExample = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, ImageRecord, int], Any]
 
 _MAX_ATTEMPTS = 20
-_MIN_BAD_DRAWS = 5
+_MIN_BAD = 5
 _NUM_LISTED_FILES = 20
 
 # Distinguish the random streams of one seed.
@@ -50,8 +50,8 @@ class Batch(list):
 
     Attributes:
         skipped: one entry for each draw that hit an unreadable image and took another one.
-        outside: file -> number of its boxes that lie outside the image; they are dropped. (WIDER FACE's text format
-            has no image sizes, so its parser cannot see them.)
+        outside: file -> number of its boxes that are outside the image, or nearly; they are dropped. (WIDER FACE's
+            text format has no image sizes, so its parser cannot see them.)
         exchanged: files whose boxes fit the image in its other orientation alone.
     """
 
@@ -137,9 +137,9 @@ class TrainingStream(IterableDataset):
             rng = np.random.default_rng([self.seed, _AUGMENTATION, draw])
             sample = self.transform(image, record.boxes, record.ignore, record.classes, rng)
             height, width = image.shape[:2]
-            is_outside = (record.boxes[:, :2] >= (width, height)).any(1) | (record.boxes[:, 2:] <= 0).any(1)
-            if is_outside.any():
-                outside[record.file_name] = int(is_outside.sum())
+            num_outside = int(far_outside(record.boxes, height, width).sum())
+            if num_outside:
+                outside[record.file_name] = num_outside
             if fit_exchanged_sides(record.boxes, height, width):
                 exchanged.append(record.file_name)
             record = replace(record, height=height, width=width)
@@ -178,7 +178,7 @@ class TrainLoader(DataLoader):
 
     Attributes:
         skipped_files: file -> reason, of all images that could not be read so far.
-        outside_boxes: file -> number of boxes outside the image, of all images drawn so far.
+        outside_boxes: file -> number of boxes outside the image, or nearly, of all images drawn so far.
         exchanged_files: images so far whose boxes fit their other orientation alone.
         num_draws, num_skipped: images drawn so far, and how many of the draws hit an unreadable image.
     """
@@ -213,7 +213,7 @@ class TrainLoader(DataLoader):
             for file, count in batch.outside.items():
                 if file not in self.outside_boxes:
                     self.outside_boxes[file] = count
-                    logger.warning("dropping %d boxes that lie outside the image: %s", count, file)
+                    logger.warning("dropping %d boxes that are outside the image, or nearly: %s", count, file)
             if batch.exchanged and not self.exchanged_files:
                 logger.warning(
                     "the boxes of %s fit it with its sides exchanged: if they were made for the other orientation, "
@@ -242,7 +242,9 @@ class TrainLoader(DataLoader):
             hits = f"{sum(skipped)} of {sum(draws)} draws hit one of {len(unreadable)} unreadable images"
             lines.append(f"{hits}, which were replaced:\n{list_files(unreadable)}")
         if outside_boxes:
-            lines.append(f"{len(outside_boxes)} images had {sum(outside_boxes.values())} boxes outside of them")
+            lines.append(
+                f"{len(outside_boxes)} images had {sum(outside_boxes.values())} boxes outside of them, or nearly"
+            )
         num_exchanged = len(set().union(*exchanged))
         if num_exchanged:
             lines.append(f"{num_exchanged} images have boxes that fit their other orientation alone")
@@ -252,7 +254,7 @@ class TrainLoader(DataLoader):
         share = self.dataset.max_bad_share
         expected = share * self.num_draws
         # Three standard deviations, or a set just under the share would be stopped by an unlucky order.
-        if self.num_skipped >= _MIN_BAD_DRAWS and self.num_skipped > expected + 3 * math.sqrt(expected):
+        if self.num_skipped >= _MIN_BAD and self.num_skipped > expected + 3 * math.sqrt(expected):
             raise BadDataError(
                 f"{self.num_skipped} of {self.num_draws} images drawn cannot be read; expected a share of at most "
                 f"{share:g}. Got:\n{list_files(self.skipped_files)}"
@@ -350,6 +352,11 @@ class _TestImages(Dataset):
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
     return np.random.default_rng([seed, _EPOCH, epoch]).permutation(num_records)
+
+
+def too_many(num_bad: int, num_images: int, max_share: float) -> bool:
+    """Whether so many images that cannot be read end a run; a handful never do."""
+    return num_bad >= _MIN_BAD and num_bad > max_share * num_images
 
 
 def list_files(reasons: Mapping[str, str]) -> str:

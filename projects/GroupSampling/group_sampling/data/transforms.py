@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from .records import far_outside
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -105,7 +107,8 @@ class TrainTransform:
         Returns:
             (boxes, keep): (m, 4) float32 clipped to the crop, and (m,) bool. ``keep`` is False where less than
             ``min_visible`` of the box's part inside the image is in the crop, or none of it, or where the box is
-            empty, inverted or not finite; such a box is returned as zeros.
+            empty, inverted, not finite or :func:`~group_sampling.data.records.far_outside` the image; such a box is
+            returned as zeros.
         """
         inside, visible = self._move(boxes, geometry, height, width)
         keep = (visible > 0) & (visible >= self.min_visible)
@@ -159,6 +162,7 @@ class TrainTransform:
         visible = np.divide(_area(in_crop), area, out=np.zeros(len(boxes)), where=area > 0)
         in_crop = in_crop.astype(np.float32)
         visible[_area(in_crop) == 0] = 0  # a sliver that float32 cannot hold
+        visible[far_outside(boxes, height, width)] = 0
         return in_crop, visible
 
 

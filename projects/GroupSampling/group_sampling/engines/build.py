@@ -54,26 +54,6 @@ def check_config(cfg: CfgNode) -> None:
         build_pyramid(cfg)
 
 
-def check_run(cfg: CfgNode, find_source: Callable[[str], Source], *, eval_only: bool) -> None:
-    """Refuse a run that will lack a data set, or that this device cannot train: better now than later.
-
-    Args:
-        find_source: the data set of a name; raises ValueError for an unknown one.
-
-    Raises:
-        ConfigError: an unknown name, an invalid declaration, or what :func:`training_precision` refuses.
-        MissingDatasetError: files are missing.
-    """
-    if not eval_only:
-        training_precision(cfg)
-    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            try:
-                find_source(name).require()
-            except ValueError as error:
-                raise ConfigError(f"DATASETS.{key}: {error}") from error
-
-
 def training_precision(cfg: CfgNode) -> torch.dtype | None:
     """What autocast computes the network in while training, of ``SOLVER.AMP``; None: all is float32.
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from .. import distributed
 from ..data.catalog import Source
-from ..data.loader import BadDataError, list_files
+from ..data.loader import BadDataError, list_files, too_many
 from ..data.records import ImageRecord
 from ..detections import Detections
+from ..errors import UserError
 from ..files import write_json
 from ..version import __version__
 from .coco import CocoAP, write_coco_detections
@@ -28,8 +29,6 @@ from .wider_face.files import write_predictions
 from .wider_face.ground_truth import find_official_ground_truth
 
 logger = logging.getLogger(__name__)
-
-_MIN_BAD_IMAGES = 4  # so many are never too many
 
 
 class Evaluation:
@@ -106,7 +105,7 @@ class Evaluation:
         """
         self._unreadable[file] = reason
         allowed = self._cfg.DATALOADER.MAX_BAD_SHARE
-        if len(self._unreadable) > max(_MIN_BAD_IMAGES, allowed * len(self._source.records)):
+        if too_many(len(self._unreadable), len(self._source.records), allowed):
             raise BadDataError(
                 f"{self._source.name}: {len(self._unreadable)} of {len(self._source.records)} images cannot be read; "
                 f"expected a share of at most {allowed:g}. Got:\n{list_files(self._unreadable)}"
@@ -139,6 +138,33 @@ class Evaluation:
         return results
 
 
+def check_ground_truth(cfg: CfgNode, source: Source) -> None:
+    """Build what detections will be scored against, so that its errors come before the detections.
+
+    Raises:
+        UserError: the ground truth cannot be used, or it lacks images of the data set.
+    """
+    for name in _protocols(cfg, source):
+        try:
+            metric = PROTOCOLS[name].build(cfg, source)
+        except ValueError as error:
+            raise UserError(f"{source.name}: {error}") from error
+        known = metric.image_ids if isinstance(metric, WiderFaceAP) else ()  # may be files of their own
+        missing = [record.image_id for record in source.records if known and record.image_id not in known]
+        if missing:
+            raise UserError(
+                f"{source.name}: {len(missing)} of its {len(source.records)} images are not in the ground truth "
+                f'({missing[0]!r}, ...); TEST.WIDER_GROUND_TRUTH "" takes the annotations of the data set'
+            )
+
+
+def _protocols(cfg: CfgNode, source: Source) -> list[str]:
+    if source.protocol not in PROTOCOLS:  # Detectron2 evaluates it
+        return []
+    is_single = source.protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
+    return [source.protocol, "wider_face"] if is_single else [source.protocol]
+
+
 def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Detections]) -> dict[str, dict[str, float]]:
     """Score a data set's detections and write results, detections and PR curves under ``OUTPUT_DIR/inference``.
 
@@ -162,11 +188,8 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
             f"{source.name}: {missing} of {len(source.records)} images have no detections of this model and count as "
             "empty"
         )
-    names = [source.protocol]
-    if source.protocol == "coco" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1:
-        names.append("wider_face")
     metrics = {}
-    for name in names:
+    for name in _protocols(cfg, source):
         protocol = PROTOCOLS[name]
         metric = protocol.build(cfg, source)
         for image_id, found in detections.items():

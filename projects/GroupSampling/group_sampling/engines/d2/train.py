@@ -39,13 +39,13 @@ from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
     check_config,
-    check_run,
     check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
+from ..preflight import check_data, check_run, check_test_classes
 from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
@@ -339,13 +339,17 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict 
     if dist.is_initialized():
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     cfg = setup(cfg, args)
+    find = functools.partial(find_source, cfg)
+    check_data(cfg, find, eval_only=args.eval_only)
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
     model.train(getattr(args, "allow_partial_weights", False))  # a detector to evaluate needs all weights
-    GroupSamplingCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    checkpointer = GroupSamplingCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    check_test_classes(cfg, saved.get("class_names", ()), list(map(find, cfg.DATASETS.TEST)))
     results = Trainer.test(cfg, model, resume=args.resume)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -360,5 +364,5 @@ def main(args: argparse.Namespace) -> dict | None:
         MissingDatasetError: files of a data set are missing.
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
-    check_run(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
+    check_run(cfg, args, functools.partial(find_source, cfg))
     return launch(_work, cfg, args)

@@ -38,13 +38,13 @@ from ...files import write_atomically
 from ..build import (
     build_test_transform,
     build_training_loader,
-    check_run,
     check_start,
     config_to_evaluate,
     describe_training,
     resolve_seed,
 )
 from ..launch import launch
+from ..preflight import check_data, check_run, check_test_classes
 from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from .config import get_cfg, load_config
@@ -322,11 +322,15 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[
             path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
             write_atomically(path, cfg.dump().encode())
             logger.info(f"Config of this run, written to {path}:\n{cfg.dump()}")
+        catalog = Catalog(cfg.DATASETS)
+        check_data(cfg, catalog.__getitem__, eval_only=args.eval_only)
         torch.manual_seed(cfg.SEED)
         model = build_model(cfg).to(device)
         if args.eval_only:
             model.train(getattr(args, "allow_partial_weights", False))  # a detector to evaluate needs all weights
-            GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            checkpointer = GroupSamplingCheckpointer(model, cfg.OUTPUT_DIR)
+            saved = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            check_test_classes(cfg, saved.get("class_names", ()), [catalog[name] for name in cfg.DATASETS.TEST])
             return evaluate(cfg, model, device, resume=args.resume)
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         return train(cfg, model, device, resume=args.resume)
@@ -347,5 +351,5 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         MissingDatasetError: files of a data set are missing.
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
-    check_run(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
+    check_run(cfg, args, Catalog(cfg.DATASETS).__getitem__)
     return launch(_work, cfg, args)

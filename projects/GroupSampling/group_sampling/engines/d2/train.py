@@ -16,7 +16,16 @@ import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_setup,
+)
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -24,7 +33,7 @@ from detectron2.evaluation import (
     print_csv_format,
     verify_results,
 )
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -42,11 +51,13 @@ from ..build import (
     describe_training,
     resolve_seed,
 )
-from ..launch import launch
+from ..launch import Finish, launch
+from ..monitoring import check_monitoring
 from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
+from .events import EvaluationWatch, WandbWriter
 from .tta import GroupSamplingTTA
 
 # Keys of Detectron2's own mapper and samplers, which this project's loader replaces: they keep their defaults.
@@ -159,7 +170,27 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             sources = [find_source(cfg, name) for name in cfg.DATASETS.TRAIN]
             self.checkpointer.description = describe_training(cfg, get_cfg(), sources)
+        self._watch = EvaluationWatch(cfg, self.checkpointer)
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        found = super().build_hooks()
+        index = next(i for i, hook in enumerate(found) if isinstance(hook, EvalHook))
+        found[index] = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        return found
+
+    def _evaluate(self) -> dict:
+        """For the hook, which logs what it returns."""
+        self._last_eval_results = results = self.test(self.cfg, self.model) or {}
+        self._watch(min(self.iter, self.max_iter - 1), self.model, results)
+        return results
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = super().build_writers()
+        trainer = weakref.proxy(self)
+        # Before that of TensorBoard, which removes the pictures.
+        own = [WandbWriter(self.cfg, lambda: trainer.start_iter > 0)] if self.cfg.LOGGING.WANDB else []
+        return [*own, *writers]
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -168,6 +199,7 @@ class Trainer(DefaultTrainer):
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
             # The hooks evaluate with it: the last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
+            self._watch.best.resume()
 
     @stop.handler.deferred()
     def train(self):
@@ -343,8 +375,8 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict 
     return results
 
 
-def main(args: argparse.Namespace) -> dict | None:
-    """Train or evaluate as ``train_net.py`` does; see :func:`~group_sampling.engines.launch.launch` for ``args``.
+def main(args: argparse.Namespace, finish: Finish | None = None) -> dict | None:
+    """Train or evaluate as ``train_net.py`` does; see :func:`~group_sampling.engines.launch.launch` for the arguments.
 
     Raises:
         ConfigError: the config or the number of processes is not usable here.
@@ -352,4 +384,6 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, functools.partial(find_source, cfg), eval_only=args.eval_only)
-    return launch(_work, cfg, args)
+    if not args.eval_only:
+        check_monitoring(cfg)
+    return launch(_work, cfg, args, finish)

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import logging
 import os
 import time
@@ -32,6 +33,7 @@ from ...data.records import ImageRecord
 from ...detections import Detections, map_lists
 from ...distributed import rank, world_size
 from ...env import collect_env
+from ...evaluation.examples import read_examples
 from ...evaluation.run import Evaluation
 from ...files import write_atomically
 from ..build import (
@@ -41,13 +43,16 @@ from ..build import (
     check_start,
     config_to_evaluate,
     describe_training,
+    load_records,
     resolve_seed,
 )
-from ..launch import launch
+from ..launch import Finish, launch
+from ..monitoring import BestModel, ValidationLoss, check_monitoring
 from ..step import FiniteLossGuard, GradientClipper, HealthLog, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model, to_detections
+from .sampling import SamplingModule
 from .tta import GroupSamplingTTA
 
 logger = logging.getLogger(__name__)
@@ -152,7 +157,25 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
+    validation = None
+    if cfg.TEST.VALIDATION_LOSS:
+        validation = ValidationLoss(cfg, load_records(cfg, cfg.DATASETS.TEST), to_example)
+    best = BestModel(cfg, checkpointer)
+    if resume:
+        best.resume()
+    writer = MetricWriter(cfg, start_iter) if is_main else None
+
+    def evaluate_and_log(iteration: int, *, resume: bool = False) -> dict[str, float]:
+        metrics = evaluate(cfg, model, device, resume=resume)
+        if validation:
+            losses = validation(model, functools.partial(_validation_losses, model, device))
+            metrics.update({f"validation/{name}": loss for name, loss in losses.items()} if is_main else {})
+        if writer and metrics:
+            writer.write(iteration, metrics)
+            writer.write_images(iteration, read_examples(cfg))
+        best.update(iteration, metrics)
+        return metrics
+
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
     guard, clipper, health = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer), HealthLog(cfg, model)
@@ -192,18 +215,14 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
             stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
             try:
-                metrics = evaluate(cfg, model, device)
+                evaluate_and_log(iteration)
             except stop.Stopped as stopped:
                 stop.save_and_stop(checkpointer, iteration, stopped.number)
-            if writer and metrics:
-                writer.write(iteration, metrics)
     left_out = loader.summary()
     if left_out:
         logger.warning(left_out)
-    metrics = evaluate(cfg, model, device, resume=resume)
+    metrics = evaluate_and_log(max_iter - 1, resume=resume)
     if writer:
-        if metrics:
-            writer.write(max_iter - 1, metrics)
         writer.close()
     return metrics
 
@@ -221,15 +240,33 @@ def train_step(
     Raises:
         FloatingPointError: see :meth:`FiniteLossGuard.watch`.
     """
-    losses = model(
-        [example.image.to(device, non_blocking=True).float() for example in batch],
-        [{name: value.to(device, non_blocking=True) for name, value in example.target.items()} for example in batch],
-    )
+    losses = model(*_to_inputs(batch, device))
     guard.watch(iteration, losses, [example.record.file_name for example in batch])
     optimizer.zero_grad()
     sum(losses.values()).backward()
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _to_inputs(batch: Sequence[Example], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    return (
+        [example.image.to(device, non_blocking=True).float() for example in batch],
+        [{name: value.to(device, non_blocking=True) for name, value in example.target.items()} for example in batch],
+    )
+
+
+def _validation_losses(
+    model: GroupSamplingRCNN, device: torch.device, example: Example, draw: int
+) -> dict[str, Tensor]:
+    """Of one image, with the samples of pass ``draw``; the count of the training's passes stays."""
+    parts = [module for module in model.modules() if isinstance(module, SamplingModule)]
+    counts = [part.iteration for part in parts]
+    model.set_iteration(draw)
+    try:
+        return model(*_to_inputs([example], device))
+    finally:
+        for part, count in zip(parts, counts):
+            part.iteration = count
 
 
 @stop.handler.at_once()
@@ -325,12 +362,12 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[
         return train(cfg, model, device, resume=args.resume)
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
+def main(args: argparse.Namespace, finish: Finish | None = None) -> dict[str, float]:
     """Train or evaluate as ``train_net.py`` does.
 
     Args:
         args: with the attributes of Detectron2's ``default_argument_parser``; see
-            :func:`~group_sampling.engines.launch.launch`.
+            :func:`~group_sampling.engines.launch.launch`, also for ``finish``.
 
     Returns:
         The metrics, see :func:`evaluate`.
@@ -341,4 +378,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_datasets(cfg, Catalog(cfg.DATASETS).__getitem__, eval_only=args.eval_only)
-    return launch(_work, cfg, args)
+    if not args.eval_only:
+        check_monitoring(cfg)
+    return launch(_work, cfg, args, finish)

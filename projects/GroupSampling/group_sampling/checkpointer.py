@@ -52,13 +52,23 @@ class CheckpointMixin(Checkpointer):
     _needs_state = False  # of the file: it continues a training
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<save_dir>/<name>.pth``; an interrupted save leaves the previous checkpoint as it was."""
-        if not self.save_dir or not self.save_to_disk:
-            return
-        with self.saved_weights():
-            self._save(name, **kwargs)
+        """Write ``<save_dir>/<name>.pth``, from which a training then resumes."""
+        path = self.write(name, **kwargs)
+        if path:
+            self.tag_last_checkpoint(os.path.basename(path))
 
-    def _save(self, name: str, **kwargs: Any) -> None:
+    def write(self, name: str, **kwargs: Any) -> str:
+        """Write ``<save_dir>/<name>.pth``; an interrupted one leaves the previous file as it was.
+
+        Returns:
+            Its path; "" if this process writes none.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return ""
+        with self.saved_weights():
+            return self._write(name, **kwargs)
+
+    def _write(self, name: str, **kwargs: Any) -> str:
         data = {"model": self.model.state_dict(), "engine": self.naming}
         if self.description.config:
             data.update(config=self.description.config, class_names=list(self.description.class_names))
@@ -68,7 +78,7 @@ class CheckpointMixin(Checkpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         with atomic_file(path, durable=True) as file:
             torch.save(data, file)
-        self.tag_last_checkpoint(os.path.basename(path))
+        return path
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")

@@ -118,6 +118,25 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # their own top-k, NMS, merge of the pyramid and limit (Sec. 6.1). An evaluation then has AP@16, AP@32, ...
     cfg.TEST.SUB_DETECTORS = False
 
+    # With every evaluation of a training, also the losses on images of DATASETS.TEST: "validation/total_loss", ... They
+    # are augmented as those of the training are, by draws that are the same in every evaluation of every run.
+    cfg.TEST.VALIDATION_LOSS = False
+    cfg.TEST.VALIDATION_IMAGES = 0  # so many, chosen at random, the same ones every time; 0: all
+
+    # Keeps model_best.pth, the checkpoint of the evaluation (TEST.EVAL_PERIOD) with the best METRIC, a name of
+    # metrics.json such as "wider_face/AP_all" or "validation/total_loss". MODE: "max" or "min" is best.
+    best = cfg.TEST.BEST_CHECKPOINTER = node()
+    best.ENABLED = False
+    best.METRIC = "wider_face/AP_all"
+    best.MODE = "max"
+
+    # Besides metrics.json and TensorBoard: log to this project of Weights & Biases; "": do not. The package wandb takes
+    # the rest (entity, name of the run, offline) from its own WANDB_... variables.
+    cfg.LOGGING = node()
+    cfg.LOGGING.WANDB = ""
+    # Images of every test set whose detections an evaluation draws, for TensorBoard, W&B and the report.
+    cfg.LOGGING.EXAMPLES = 4
+
     # Multi-scale test on an image pyramid (pyramid.py). Factors of the size that INPUT.MIN_SIZE_TEST and
     # INPUT.MAX_SIZE_TEST give; (): a single scale. Merged by NMS with MODEL.ROI_HEADS.NMS_THRESH_TEST.
     pyramid = cfg.TEST.PYRAMID = node()
@@ -332,7 +351,7 @@ def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> 
 def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
     """Keys of a training that two configs of :func:`dump_config` state differently, with both values.
 
-    Those of tests and the initial weights, which do not concern a training that continues, are left out.
+    Those of tests, logs and the initial weights, which do not concern a training that continues, are left out.
     """
 
     def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -349,7 +368,7 @@ def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
     if not old or not new:
         return []
     keys = (key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
-    ignored = ("TEST.", "DATASETS.TEST", "DATASETS.CHECK_IMAGES", "MODEL.WEIGHTS")
+    ignored = ("TEST.", "LOGGING.", "DATASETS.TEST", "DATASETS.CHECK_IMAGES", "MODEL.WEIGHTS")
     return [
         (key, old.get(key, "the default"), new.get(key, "the default")) for key in keys if not key.startswith(ignored)
     ]

@@ -43,6 +43,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "TEST.EVAL_PERIOD": (0, _INF),
     "TEST.DETECTIONS_PER_IMAGE": (1, _INF),
     "TEST.PYRAMID.SCALES": (0.01, 100),
+    "TEST.VALIDATION_IMAGES": (0, _INF),
+    "LOGGING.EXAMPLES": (0, 64),
 }
 
 
@@ -117,5 +119,6 @@ def check_common_values(cfg: CfgNode) -> None:
     )
     check_values(cfg, {"INPUT.RANDOM_FLIP": ("horizontal", "none")}, "faces are not flipped vertically")
     check_values(cfg, {"INPUT.FORMAT": ("RGB",)}, "images are read as torchvision's weights expect them")
+    check_values(cfg, {"TEST.BEST_CHECKPOINTER.MODE": ("max", "min")}, "the highest or the lowest value is the best")
     if not cfg.DATASETS.TEST and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are both empty")

@@ -312,6 +312,29 @@ def load_records(cfg: CfgNode, names: Sequence[str]) -> list[ImageRecord]:
     return [record for name in names for record in catalog[name].records]
 
 
+def select_records(cfg: CfgNode, records: Sequence[ImageRecord], split: str) -> Sequence[ImageRecord]:
+    """Those of the images that have a loss.
+
+    Args:
+        records: of ``DATASETS.<split>``.
+
+    Raises:
+        ConfigError: there is none, or the classes do not fit the heads.
+    """
+    names = f"DATASETS.{split} {tuple(cfg.DATASETS[split])}"
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = filter_empty(records)
+    if not records:
+        raise ConfigError(f"{names}: no image to {'train on' if split == 'TRAIN' else 'compute a loss of'}")
+    num_classes = 1 + max((int(record.classes.max()) for record in records if len(record.classes)), default=-1)
+    if cfg.MODEL.ROI_HEADS.NAME != SINGLE_STAGE_HEADS and num_classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {names} has boxes of "
+            f"{num_classes} classes"
+        )
+    return records
+
+
 def build_training_loader(
     cfg: CfgNode, records: Sequence[ImageRecord], to_example: ToExample, *, start_iter: int = 0
 ) -> TrainLoader:
@@ -324,16 +347,7 @@ def build_training_loader(
     Raises:
         ConfigError: there is nothing to train on, or the data does not fit the heads or the number of processes.
     """
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        records = filter_empty(records)
-    if not records:
-        raise ConfigError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image to train on")
-    num_classes = 1 + max((int(record.classes.max()) for record in records if len(record.classes)), default=-1)
-    if cfg.MODEL.ROI_HEADS.NAME != SINGLE_STAGE_HEADS and num_classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but DATASETS.TRAIN "
-            f"{tuple(cfg.DATASETS.TRAIN)} has boxes of {num_classes} classes"
-        )
+    records = select_records(cfg, records, "TRAIN")
     world_size, parts = distributed.world_size(), cfg.SOLVER.ACCUMULATE_STEPS
     if cfg.SOLVER.IMS_PER_BATCH % (world_size * parts):
         times = f", times SOLVER.ACCUMULATE_STEPS {parts}" if parts > 1 else ""

@@ -30,16 +30,20 @@ from .output import own_output
 # processes import it by name.
 Work = Callable[[CfgNode, argparse.Namespace, torch.device], Any]
 
+# Called as finish(cfg) by one process when all work is done, while ``OUTPUT_DIR`` is still the run's.
+Finish = Callable[[CfgNode], None]
+
 _USER_ERROR = f"{UserError.__name__}: "  # how the report of a failed process begins
 
 
-def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
+def launch(work: Work, cfg: CfgNode, args: argparse.Namespace, finish: Finish | None = None) -> Any:
     """Call ``work`` in every process of a run.
 
     Args:
         cfg: ``MODEL.DEVICE`` decides between GPUs (NCCL) and CPUs (gloo).
         args: with the attributes of Detectron2's ``default_argument_parser``. ``num_gpus`` is the number of processes
             on this machine, also with ``MODEL.DEVICE cpu``. Under ``torchrun`` its process group is joined instead.
+        finish: called at the end of a run that has not failed, on the first machine.
 
     Returns:
         What ``work`` returned in the first process of this machine.
@@ -52,7 +56,10 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     """
     is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
     with own_output(cfg.OUTPUT_DIR) if is_first else nullcontext():
-        return _launch(work, cfg, args)
+        result = _launch(work, cfg, args)
+        if is_first and finish:
+            finish(cfg)
+        return result
 
 
 def _launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:

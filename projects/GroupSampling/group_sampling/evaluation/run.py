@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,16 +21,20 @@ from ..detections import Detections
 from ..errors import UserError
 from ..files import write_json
 from ..version import __version__
-from .coco import CocoAP, write_coco_detections
-from .fddb.files import write_fddb_predictions
+from .coco import CocoAP, read_coco_detections, write_coco_detections
+from .examples import write_examples
+from .fddb.files import read_fddb_predictions, write_fddb_predictions
 from .fddb.roc import FDDBRoc
 from .results import Metric
 from .resume import PartialDetections
 from .wider_face.ap import WiderFaceAP
-from .wider_face.files import write_predictions
+from .wider_face.files import read_predictions, write_predictions
 from .wider_face.ground_truth import find_official_ground_truth
 
 logger = logging.getLogger(__name__)
+
+TIMES_FILE = "seconds.json"
+_NUM_SLOWEST = 20
 
 
 class Evaluation:
@@ -65,6 +71,8 @@ class Evaluation:
         self._source = source
         self._detections: dict[str, Detections] = {}
         self._unreadable: dict[str, str] = {}  # file -> reason
+        self._seconds: dict[str, float] = {}
+        self._last_end: float | None = None  # of an image
         self._partial: PartialDetections | None = None
         name, records = source.name, source.records
         if model is not None:
@@ -94,8 +102,11 @@ class Evaluation:
     def add(self, image_id: str, detections: Detections) -> None:
         """Note what was found in an image."""
         self._detections[image_id] = detections
+        if self._last_end is not None:  # before the first image, workers start and kernels are chosen
+            self._seconds[image_id] = time.perf_counter() - self._last_end
         if self._partial:
             self._partial.add(image_id, detections)
+        self._last_end = time.perf_counter()
 
     def skip(self, file: str, reason: str) -> None:
         """Note that an image of the share cannot be read: it counts as one without detections.
@@ -121,6 +132,7 @@ class Evaluation:
             self._partial.write()
         unreadable = {file: reason for share in distributed.gather(self._unreadable) for file, reason in share.items()}
         gathered = distributed.gather(self._detections)
+        seconds = {image_id: time for share in distributed.gather(self._seconds) for image_id, time in share.items()}
         if distributed.rank() != 0:
             return None
         found = {image_id: detections for share in gathered for image_id, detections in share.items()}
@@ -128,6 +140,7 @@ class Evaluation:
         ids = [record.image_id for record in self._source.records]
         detections = {image_id: found[image_id] for image_id in ids if image_id in found}
         results = evaluate_detections(self._cfg, self._source, detections)
+        write_json(os.path.join(_folder(self._cfg, self._source.name), TIMES_FILE), _summarize(seconds))
         if self._partial:
             self._partial.remove()
         if unreadable:
@@ -200,7 +213,18 @@ def evaluate_detections(cfg: CfgNode, source: Source, detections: dict[str, Dete
         result.plot(os.path.join(folder, protocol.plot))
         logger.info(f"{source.name}: {len(detections)} images; results in {folder}\n{result.table()}")
         metrics[name] = result.metrics()
+    write_examples(cfg, source, detections)
     return metrics
+
+
+def _summarize(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """For JSON: from one image to the next of a process, reading included."""
+    slowest = sorted(seconds, key=lambda image_id: -seconds[image_id])[:_NUM_SLOWEST]
+    return {
+        "images": len(seconds),
+        "median": statistics.median(seconds.values()) if seconds else None,
+        "slowest": {image_id: seconds[image_id] for image_id in slowest},
+    }
 
 
 class Protocol(NamedTuple):
@@ -208,6 +232,7 @@ class Protocol(NamedTuple):
 
     build: Callable[[CfgNode, Source], Metric]
     write_detections: Callable[[str, Source, Mapping[str, Detections]], None]
+    read_detections: Callable[[str, Source], dict[str, Detections]]  # classes are unknown but for COCO's
     results: str
     plot: str
 
@@ -234,6 +259,11 @@ def _write_wider_face(folder: str, source: Source, detections: Mapping[str, Dete
             write_predictions(folder_of_scale, image_id, alone.boxes, alone.scores, is_stem=True)
 
 
+def _read_wider_face(folder: str, source: Source) -> dict[str, Detections]:
+    ids = {record.image_id for record in source.records}
+    return dict(read_predictions(os.path.join(folder, "predictions"), images=ids))
+
+
 def _official_ground_truth(cfg: CfgNode, source: Source) -> str | os.PathLike | None:
     """The folder that ``TEST.WIDER_GROUND_TRUTH`` names or, with "auto", that lies with the data set; else nothing."""
     if cfg.TEST.WIDER_GROUND_TRUTH != "auto":
@@ -252,15 +282,23 @@ def _write_coco(folder: str, source: Source, detections: Mapping[str, Detections
     write_coco_detections(os.path.join(folder, "coco_instances_results.json"), source.categories, detections)
 
 
+def _read_coco(folder: str, source: Source) -> dict[str, Detections]:
+    return read_coco_detections(os.path.join(folder, "coco_instances_results.json"), source.categories)
+
+
+def _read_fddb(folder: str, source: Source) -> dict[str, Detections]:
+    return dict(read_fddb_predictions(os.path.join(folder, "predictions")))
+
+
 def _write_fddb(folder: str, source: Source, detections: Mapping[str, Detections]) -> None:
     images = [record.annotation for record in source.records]
     write_fddb_predictions(os.path.join(folder, "predictions"), images, detections)
 
 
 PROTOCOLS = {
-    "wider_face": Protocol(_build_wider_face, _write_wider_face, "results.json", "pr_curves.png"),
-    "coco": Protocol(_build_coco, _write_coco, "coco_results.json", "coco_pr_curves.png"),
-    "fddb": Protocol(_build_fddb, _write_fddb, "results.json", "roc.png"),
+    "wider_face": Protocol(_build_wider_face, _write_wider_face, _read_wider_face, "results.json", "pr_curves.png"),
+    "coco": Protocol(_build_coco, _write_coco, _read_coco, "coco_results.json", "coco_pr_curves.png"),
+    "fddb": Protocol(_build_fddb, _write_fddb, _read_fddb, "results.json", "roc.png"),
 }
 
 

@@ -7,8 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, default_setup
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -27,7 +27,7 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, DeformBottleneckBlock
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -44,13 +44,15 @@ from ..build import (
     describe_training,
     resolve_seed,
 )
-from ..launch import launch
+from ..launch import Finish, launch
+from ..monitoring import check_monitoring
 from ..preflight import check_data, check_run, check_test_classes
 from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
 from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
+from .events import EvaluationWatch, WandbWriter
 from .tta import GroupSamplingTTA
 
 # Keys of Detectron2's own mapper and samplers, which this project's loader replaces: they keep their defaults.
@@ -169,9 +171,28 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             sources = [find_source(cfg, name) for name in cfg.DATASETS.TRAIN]
             self.checkpointer.description = describe_training(cfg, get_cfg(), sources)
-        # The hooks evaluate with it.
-        self.test = functools.partial(_test_averaged, self._trainer.update, self.test)
+        self._watch = EvaluationWatch(cfg, self.checkpointer)
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        found = super().build_hooks()
+        index = next(i for i, hook in enumerate(found) if isinstance(hook, EvalHook))
+        found[index] = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        return found
+
+    def _evaluate(self) -> dict:
+        """For the hook, which logs what it returns."""
+        with self._trainer.update.averaged():
+            self._last_eval_results = results = self.test(self.cfg, self.model) or {}
+            self._watch(min(self.iter, self.max_iter - 1), self.model, results)
+        return results
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = super().build_writers()
+        trainer = weakref.proxy(self)
+        # Before that of TensorBoard, which removes the pictures.
+        own = [WandbWriter(self.cfg, lambda: trainer.start_iter > 0)] if self.cfg.LOGGING.WANDB else []
+        return [*own, *writers]
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -180,6 +201,7 @@ class Trainer(DefaultTrainer):
             self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
             # The last evaluation is resumed as well.
             self.test = functools.partial(self.test, resume=True)
+            self._watch.best.resume()
 
     @stop.handler.deferred()
     def train(self):
@@ -281,11 +303,6 @@ class Trainer(DefaultTrainer):
         return results[name] if len(results) == 1 else results
 
 
-def _test_averaged(update: TrainingStep, test: Callable, *args: Any, **kwargs: Any) -> Any:
-    with update.averaged():
-        return test(*args, **kwargs)
-
-
 def _without_traceback(entry: logging.LogRecord) -> bool:
     """Log filter: what a user can mend is a message in Detectron2's log as well."""
     if entry.exc_info and entry.exc_info[1] is not None and is_expected(entry.exc_info[1]):
@@ -356,8 +373,8 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict 
     return results
 
 
-def main(args: argparse.Namespace) -> dict | None:
-    """Train or evaluate as ``train_net.py`` does; see :func:`~group_sampling.engines.launch.launch` for ``args``.
+def main(args: argparse.Namespace, finish: Finish | None = None) -> dict | None:
+    """Train or evaluate as ``train_net.py`` does; see :func:`~group_sampling.engines.launch.launch` for the arguments.
 
     Raises:
         ConfigError: the config or the number of processes is not usable here.
@@ -365,4 +382,6 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_run(cfg, args, functools.partial(find_source, cfg))
-    return launch(_work, cfg, args)
+    if not args.eval_only:
+        check_monitoring(cfg)
+    return launch(_work, cfg, args, finish)

@@ -7,14 +7,17 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from fvcore.common.history_buffer import HistoryBuffer
 
 from ..build import LOG_PERIOD
+from ..monitoring import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +50,20 @@ def logging_to(folder: str, rank: int) -> Iterator[None]:
 class MetricWriter:
     """Collects the scalars of every iteration and writes them every :data:`LOG_PERIOD` iterations.
 
+    They go to ``metrics.json``, to TensorBoard and, with ``LOGGING.WANDB``, to Weights & Biases.
+
     Losses and times are medians over that period, as Detectron2 writes them; sample counts, "rpn/..." and "roi/...",
     are means.
     """
 
-    def __init__(self, folder: str, start_iter: int, max_iter: int):
+    def __init__(self, cfg: CfgNode, start_iter: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._max_iter = max_iter
+        folder, self._max_iter = cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER
         self._last_written = start_iter - 1
         self._file = open(os.path.join(folder, "metrics.json"), "a", encoding="utf-8")  # noqa: SIM115 (close())
         self._tensorboard = SummaryWriter(folder, purge_step=start_iter)
+        self._wandb = WandbRun(cfg, resume=start_iter > 0) if cfg.LOGGING.WANDB else None
         self._history: dict[str, HistoryBuffer] = defaultdict(partial(HistoryBuffer, _ETA_WINDOW))
 
     def step(self, iteration: int, scalars: dict[str, float], lr: float, health: dict[str, float]) -> None:
@@ -86,7 +92,7 @@ class MetricWriter:
         )
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
-        """Write a line of ``metrics.json``, and to TensorBoard.
+        """Write a line of ``metrics.json``, and points of curves.
 
         Left out is what is not finite: AP of a scale without faces, the norm of gradients that a scaler let overflow.
         """
@@ -95,7 +101,18 @@ class MetricWriter:
         self._file.flush()
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb:
+            self._wandb.log(iteration, scalars)
+
+    def write_images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        """Add pictures, (H, W, 3) uint8 by name."""
+        for name, image in images.items():
+            self._tensorboard.add_image(name, image, iteration, dataformats="HWC")
+        if self._wandb:
+            self._wandb.log_images(iteration, images)
 
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import logging
 import os
 import time
@@ -33,6 +34,7 @@ from ...data.records import ImageRecord
 from ...detections import Detections, map_lists
 from ...distributed import rank, world_size
 from ...env import collect_env
+from ...evaluation.examples import read_examples
 from ...evaluation.run import Evaluation
 from ...files import write_atomically
 from ..build import (
@@ -41,15 +43,18 @@ from ..build import (
     check_start,
     config_to_evaluate,
     describe_training,
+    load_records,
     resolve_seed,
 )
-from ..launch import launch
+from ..launch import Finish, launch
+from ..monitoring import BestModel, ValidationLoss, check_monitoring
 from ..preflight import check_data, check_run, check_test_classes
 from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model, to_detections
+from .sampling import SamplingModule
 from .tta import GroupSamplingTTA
 
 logger = logging.getLogger(__name__)
@@ -158,7 +163,26 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
 
     records = [record for source in sources for record in source.records]
     loader = build_training_loader(cfg, records, to_example, start_iter=start_iter)
-    writer = MetricWriter(cfg.OUTPUT_DIR, start_iter, max_iter) if is_main else None
+    validation = None
+    if cfg.TEST.VALIDATION_LOSS:
+        validation = ValidationLoss(cfg, load_records(cfg, cfg.DATASETS.TEST), to_example)
+    best = BestModel(cfg, checkpointer)
+    if resume:
+        best.resume()
+    writer = MetricWriter(cfg, start_iter) if is_main else None
+
+    def evaluate_and_log(iteration: int, *, resume: bool = False) -> dict[str, float]:
+        with update.averaged():
+            metrics = evaluate(cfg, model, device, resume=resume)
+            if validation:
+                losses = validation(model, functools.partial(_validation_losses, model, device))
+                metrics.update({f"validation/{name}": loss for name, loss in losses.items()} if is_main else {})
+            if writer and metrics:
+                writer.write(iteration, metrics)
+                writer.write_images(iteration, read_examples(cfg))
+            best.update(iteration, metrics)
+        return metrics
+
     logger.info(f"Training from iteration {start_iter} to {max_iter} on {world_size()} x {device}")
     model.train()
     guard, health = update.guard, HealthLog(cfg, model)
@@ -198,20 +222,14 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
             stop.save_and_stop(checkpointer, iteration, guard.stop_signal)
         if not is_last and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
             try:
-                with update.averaged():
-                    metrics = evaluate(cfg, model, device)
+                evaluate_and_log(iteration)
             except stop.Stopped as stopped:
                 stop.save_and_stop(checkpointer, iteration, stopped.number)
-            if writer and metrics:
-                writer.write(iteration, metrics)
     left_out = loader.summary()
     if left_out:
         logger.warning(left_out)
-    with update.averaged():
-        metrics = evaluate(cfg, model, device, resume=resume)
+    metrics = evaluate_and_log(max_iter - 1, resume=resume)
     if writer:
-        if metrics:
-            writer.write(max_iter - 1, metrics)
         writer.close()
     return metrics
 
@@ -228,15 +246,33 @@ def train_step(
 
     def forward(examples: Sequence[Example]) -> dict[str, Tensor]:
         model.set_iteration(iteration)  # a pass counts as one, and a step may have several
-        losses = update.model(
-            [example.image.to(device, non_blocking=True).float() for example in examples],
-            [{name: x.to(device, non_blocking=True) for name, x in example.target.items()} for example in examples],
-        )
+        losses = update.model(*_to_inputs(examples, device))
         counts.append(model.sample_counts)
         return losses
 
     losses = update(iteration, batch, forward, [example.record.file_name for example in batch])
     return losses, {name: sum(part[name] for part in counts) / len(counts) for name in counts[0]}
+
+
+def _to_inputs(batch: Sequence[Example], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    return (
+        [example.image.to(device, non_blocking=True).float() for example in batch],
+        [{name: value.to(device, non_blocking=True) for name, value in example.target.items()} for example in batch],
+    )
+
+
+def _validation_losses(
+    model: GroupSamplingRCNN, device: torch.device, example: Example, draw: int
+) -> dict[str, Tensor]:
+    """Of one image, with the samples of pass ``draw``; the count of the training's passes stays."""
+    parts = [module for module in model.modules() if isinstance(module, SamplingModule)]
+    counts = [part.iteration for part in parts]
+    model.set_iteration(draw)
+    try:
+        return model(*_to_inputs([example], device))
+    finally:
+        for part, count in zip(parts, counts):
+            part.iteration = count
 
 
 @stop.handler.at_once()
@@ -336,12 +372,12 @@ def _work(cfg: CfgNode, args: argparse.Namespace, device: torch.device) -> dict[
         return train(cfg, model, device, resume=args.resume)
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
+def main(args: argparse.Namespace, finish: Finish | None = None) -> dict[str, float]:
     """Train or evaluate as ``train_net.py`` does.
 
     Args:
         args: with the attributes of Detectron2's ``default_argument_parser``; see
-            :func:`~group_sampling.engines.launch.launch`.
+            :func:`~group_sampling.engines.launch.launch`, also for ``finish``.
 
     Returns:
         The metrics, see :func:`evaluate`.
@@ -352,4 +388,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """
     cfg = load_config(args.config_file, args.opts, saved=config_to_evaluate(args))
     check_run(cfg, args, Catalog(cfg.DATASETS).__getitem__)
-    return launch(_work, cfg, args)
+    if not args.eval_only:
+        check_monitoring(cfg)
+    return launch(_work, cfg, args, finish)

@@ -9,7 +9,15 @@ from group_sampling.anchors import AnchorGrid, cell_anchors
 from group_sampling.criterion import BOX_LOSS_MEANS, AnchorCriterion
 from group_sampling.head import predict_from
 from group_sampling.ops import AssignResult, match_anchors
-from group_sampling.samplers import FILLS, LOSS_MEANS, SAMPLERS, FocalSampler, GroupSampler, OHEMSampler
+from group_sampling.samplers import (
+    FILLS,
+    LOSS_MEANS,
+    SAMPLERS,
+    FocalSampler,
+    GroupSampler,
+    OHEMSampler,
+    UniformSampler,
+)
 
 
 def make_grid(height=16, width=16, sizes=(16, 32)):
@@ -235,19 +243,33 @@ def test_readings_of_group_sampling(fill, loss_mean, box_loss_mean):
 @pytest.mark.parametrize("fill", FILLS)
 def test_effective_weights_are_the_slopes_of_the_mean(fill, loss_mean):
     """How fast the mean over an image grows with each loss, times what all of them count."""
-    num_pos, num_neg = torch.tensor([[2, 1, 0], [0, 0, 2], [0, 0, 0]]), torch.tensor([[6, 3, 0], [8, 1, 0], [0, 0, 0]])
+    num_pos = torch.tensor([[2, 1, 0], [0, 0, 2], [0, 1, 0], [0, 0, 0]])
+    num_neg = torch.tensor([[6, 3, 0], [8, 1, 0], [0, 5, 0], [0, 0, 0]])
     column = torch.arange(8)
     labels = torch.where(column < num_pos[..., None], 1, 0).masked_fill(column >= (num_pos + num_neg)[..., None], -1)
     chosen = AssignResult(labels, labels.to(torch.int8), labels, num_pos, num_neg)
     sampler = GroupSampler(8, positive_fraction=0.25, fill=fill, loss_mean=loss_mean)
     found = sampler.effective_weights(chosen)
-    for image in range(3):
+    for image in range(4):
         alone = AssignResult(*(part[image : image + 1] for part in chosen))
         weights = sampler.weights(alone).float()
         losses = torch.ones(1, 3, 8, requires_grad=True)
         (slopes,) = torch.autograd.grad(sampler.average(losses, weights, weights), losses)
         torch.testing.assert_close(found[image].float(), slopes[0] * weights.sum())
-    assert found[:2].sum(dim=(1, 2)).tolist() == pytest.approx(sampler.weights(chosen)[:2].sum(dim=(1, 2)).tolist())
+    assert found[:3].sum(dim=(1, 2)).tolist() == pytest.approx(sampler.weights(chosen)[:3].sum(dim=(1, 2)).tolist())
+
+
+def test_of_one_scale_the_means_are_that_of_all():
+    """The mean over the scales that have something to count is not drawn towards zero by the others."""
+    losses = torch.tensor([[[2.0, 4.0], [9.0, 9.0]]])
+    weights = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    assert GroupSampler(2, loss_mean="group").average(losses, weights, weights) == 3
+
+
+def test_uniform_samples_count_once():
+    labels = torch.tensor([[[1, 0, -1]]])
+    chosen = AssignResult(labels, labels.to(torch.int8), labels, torch.tensor([[1]]), torch.tensor([[1]]))
+    assert UniformSampler(3).effective_weights(chosen).tolist() == [[[True, True, False]]]
 
 
 @pytest.mark.parametrize("loss_mean", LOSS_MEANS)

@@ -106,6 +106,33 @@ def test_limit_before_nms_holds_in_each_level():
     assert check(logits, anchors, [(48, 40)] * 2, 20, 500, 1.0) == [29, 29], "the second level has nine anchors"
 
 
+def test_no_box_is_too_small_unless_asked_for():
+    """A box of half a pixel is kept; one without an area is not."""
+    logits, deltas = torch.full((1, 69), -9.0), torch.zeros(1, 69, 4)
+    logits[0, 24], logits[0, 25] = 3.0, 2.0
+    x1, y1, x2, y2 = ANCHORS[25]
+    deltas[0, 25, 2:] = math.log(0.5 / (x2 - x1))
+    options = {"pre_nms_topk": 2, "post_nms_topk": 2, "nms_thresh": 1.0}
+    (image,) = select_proposals(GRID, logits, deltas, [(48, 48)], **options)
+    assert image.logits.tolist() == [3.0, 2.0]
+    assert (image.boxes[1, 2:] - image.boxes[1, :2]).tolist() == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("group", range(3))
+@pytest.mark.parametrize("pre", [4, 500])
+def test_a_sub_detector_is_the_detector_of_its_anchors(group, pre):
+    """With the logits of all others so low that they come last, and are then left out."""
+    logits, deltas = random_outputs(3)
+    is_other = torch.from_numpy(np.asarray(GROUPS) != group)
+    options = {"pre_nms_topk": pre, "post_nms_topk": 20, "nms_thresh": 0.6}
+    alone = select_proposals(GRID, logits, deltas, [(48, 40)] * 2, group=group, **options)
+    among = select_proposals(GRID, logits.masked_fill(is_other, -99), deltas, [(48, 40)] * 2, **options)
+    for ours, theirs in zip(alone, among):
+        count = int((theirs.logits > -99).sum())
+        assert len(ours.logits) == count > 0
+        assert all(torch.equal(a, b[:count]) for a, b in zip(ours, theirs))
+
+
 def test_nms_within_a_level_only():
     """The same box from two levels stays twice; from one level once."""
     logits, deltas = torch.full((1, 69), -9.0), torch.zeros(1, 69, 4)

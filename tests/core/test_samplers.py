@@ -31,7 +31,7 @@ FACES = torch.tensor([[8.0, 8, 24, 24], [20, 20, 52, 52]])
 
 
 def make_cfg(sampler="group"):
-    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "TEST": {}, "SEED": 7})
+    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "SOLVER": {"AMP": {}}, "TEST": {}, "SEED": 7})
     add_group_sampling_config(cfg)
     cfg.MODEL.GROUP_SAMPLING.SAMPLER = sampler
     cfg.MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP = 24

@@ -48,4 +48,4 @@ def test_mutants_of_equal_text_have_names_of_their_own(run):
 def test_listed_survivors_are_mutants_and_have_a_reason(run):
     """The list does not outlive the code that it is about."""
     assert run.stale_survivors() == []
-    assert all(reason for listed in run.survivors().values() for reason in listed.values())
+    assert all(survivor.reason for listed in run.survivors().values() for survivor in listed.values())

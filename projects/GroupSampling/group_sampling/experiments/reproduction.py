@@ -3,13 +3,13 @@
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from ..config import ConfigError, changed_keys, dump_config, get_value
+from ..config import ConfigError, changed_keys, dump_config, flatten_config, get_value
 from ..engines.build import load_records
 from ..engines.tv.config import get_cfg, load_config
 from ..files import read_json, write_json
@@ -218,19 +218,14 @@ def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
     """The overrides KEY VALUE ... that turn a row's config into that of ``scale``."""
     if scale == "wider":
         return []
-    opts = [part for key, value in _flatten(yaml.safe_load((configs / TINY).read_text())) for part in (key, str(value))]
+    opts = [
+        part
+        for key, value in flatten_config(yaml.safe_load((configs / TINY).read_text()))
+        for part in (key, str(value))
+    ]
     cfg = load_config(str(configs / f"{config}.yaml"), ["MODEL.DEVICE", "cpu"])
     is_mining = SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits
     for key, divisor in COUNT_DIVISORS.items():
         if not (is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"):
             opts += [key, str(max(1, get_value(cfg, key) // divisor))]
     return opts
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """("A.B", value) for every leaf of nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

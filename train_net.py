@@ -10,9 +10,17 @@ may come in any order.
 """
 
 import argparse
+import logging
+from pathlib import Path
 
-from group_sampling.env import ENGINES, resolve_engine
-from group_sampling.errors import add_debug_flag, exit_on_error
+from fvcore.common.config import CfgNode
+
+from group_sampling.env import ENGINES, collect_env, resolve_engine
+from group_sampling.errors import add_debug_flag, describe, exit_on_error, is_expected
+from group_sampling.experiments.report import write_report
+from group_sampling.experiments.runs import Run
+
+CONFIGS = Path(__file__).resolve().parent / "projects/GroupSampling/configs"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +50,20 @@ def train(args: argparse.Namespace) -> None:
         from group_sampling.engines.d2.train import main as run
     else:
         from group_sampling.engines.tv.train import main as run
-    run(args)
+    run(args, report)
+
+
+def report(cfg: CfgNode) -> None:
+    """Write the report of a run that has ended. Whatever goes wrong with it is a warning: the run has succeeded."""
+    folder = Path(cfg.OUTPUT_DIR)
+    name = folder.resolve().name
+    try:
+        path = write_report([Run(name, folder)], folder, title=name, configs=CONFIGS, environment=collect_env())
+    except Exception as error:
+        logger = logging.getLogger("group_sampling.report")
+        logger.warning(f"{folder}: no report.html: {describe(error)}", exc_info=not is_expected(error))
+    else:
+        print(f"report: {path}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

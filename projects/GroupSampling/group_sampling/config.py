@@ -348,21 +348,23 @@ def check_values(cfg: CfgNode, allowed: Mapping[str, Sequence], reason: str) -> 
             raise ConfigError(f"{key}: expected {' or '.join(map(repr, values))}, got {value!r}: {reason}")
 
 
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and value, ("A.B", 1), of every leaf of nested mappings."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten_config(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def changed_keys(before: str, now: str) -> list[tuple[str, Any, Any]]:
     """Keys of a training that two configs of :func:`dump_config` state differently, with both values.
 
     Those of tests, logs and the initial weights, which do not concern a training that continues, are left out.
     """
 
-    def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for name, value in config.items():
-            if isinstance(value, Mapping):
-                yield from flatten(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
     try:
-        old, new = (dict(flatten(yaml.safe_load(text) or {})) for text in (before, now))
+        old, new = (dict(flatten_config(yaml.safe_load(text) or {})) for text in (before, now))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"the config in the checkpoint: not plain YAML: {_one_line(error)}") from error
     if not old or not new:

@@ -18,9 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from group_sampling.data.catalog import Catalog
-from group_sampling.engines.build import read_run_config
-from group_sampling.env import ENGINES, resolve_engine
+from group_sampling.env import ENGINES, collect_env, resolve_engine
 from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.jobs import Job, run_jobs
 from group_sampling.experiments.report import write_report
@@ -129,8 +127,7 @@ def demo(args: argparse.Namespace) -> None:
         write_json(args.json, summary)
 
     first = [seeds_of_run[0] for seeds_of_run in runs.values()]
-    config = read_run_config(str(first[0].folder / "config.yaml"))
-    solver = config["SOLVER"]
+    solver = first[0].config["SOLVER"]
     notes = [
         f"Both detectors were trained from scratch by train_net.py ({engine} engine) with one seed, data set and "
         f"schedule: {solver['MAX_ITER']} iterations of {solver['IMS_PER_BATCH']} images. They differ in "
@@ -147,11 +144,11 @@ def demo(args: argparse.Namespace) -> None:
         )
     report = write_report(
         first,
-        DATASET,
-        Catalog(config["DATASETS"])[DATASET].records,
         args.output,
         title="FPN-finest against FPN-finest-sampling",
+        configs=CONFIGS.parent,
         notes=notes,
+        environment=collect_env(),
     )
     print(f"report: {report}")
 

@@ -1,5 +1,6 @@
 """The figures of the reports: samples of every scale, average precision, losses, and detections on an image."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,17 +132,38 @@ def plot_curves(
 
 
 def plot_training(runs: Sequence[Run], path: Path) -> None:
-    """Classification and regression loss over the iterations."""
-    figure = new_figure(10, 4)
-    for axes, key in zip(figure.subplots(1, 2), ("loss_rpn_cls", "loss_rpn_loc")):
-        for run in runs:
+    """Losses, learning rate and results of evaluations over the iterations, what there is of them.
+
+    The losses of the training are smoothed over 5 points; those of the validation are points.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.scalars))
+    losses = [name for name in names if name.startswith("loss_") or name == "total_loss"]
+    panels = [([name, f"validation/{name}"], name) for name in losses] + [(["lr"], "learning rate")]
+    # Of one run every subset; of several, which have a line each, the first one of a protocol.
+    results = [name for name in names if "/AP" in name or "discrete@" in name]
+    if len(runs) > 1:
+        results = [name for name in results if name.endswith(("/AP_all", "coco/AP", "discrete@1000"))]
+    panels += [([name], name) for name in results] if len(runs) > 1 else [(results, "results of evaluations, %")]
+    panels = [panel for panel in panels if any(name in names for name in panel[0])]
+    columns = min(2, len(panels))
+    figure = new_figure(5 * columns, 3.4 * -(-len(panels) // columns))
+    rows = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+    for axes, (keys, title) in zip(rows.flatten(), panels):
+        for run, key in itertools.product(runs, keys):
             iterations, values = run.series(key)
-            window = min(5, len(values))
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(iterations[window - 1 :], smooth, label=run.name)
-        axes.set(title=key, xlabel="iteration", ylim=(0, None))
+            label = key if len(runs) == 1 else f"{run.name}, validation" if key.startswith("validation/") else run.name
+            if key in losses:
+                window = min(5, len(values))
+                values = np.convolve(values, np.ones(window) / window, mode="valid").tolist() if window else []
+                axes.plot(iterations[max(window, 1) - 1 :], values, label=label)
+            elif values:
+                style = "--o" if key.startswith("validation/") else "-" if key == "lr" else "-o"
+                axes.plot(iterations, values, style, markersize=4, label=label)
+        axes.set(title=title, xlabel="iteration", ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8)
+    for axes in rows.flatten()[len(panels) :]:
+        axes.axis("off")
     save_figure(figure, path)
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from ..config import ConfigError, changed_keys, dump_config, get_value
+from ..config import ConfigError, changed_keys, dump_config, flatten_config, get_value
 from ..engines.build import load_records
 from ..engines.tv.config import get_cfg, load_config
 from ..env import hardware
@@ -273,19 +273,10 @@ def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
     overrides = yaml.safe_load((configs / OVERRIDES[scale]).read_text())
     for key in ("_BASE_", "OUTPUT_DIR"):  # for those who train with the file itself
         overrides.pop(key, None)
-    opts = [part for key, value in _flatten(overrides) for part in (key, str(value))]
+    opts = [part for key, value in flatten_config(overrides) for part in (key, str(value))]
     cfg = load_config(str(configs / f"{config}.yaml"), ["MODEL.DEVICE", "cpu"])
     is_mining = SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits
     for key, divisor in COUNT_DIVISORS.items():
         if not (is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"):
             opts += [key, str(max(1, get_value(cfg, key) // divisor))]
     return opts
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """("A.B", value) for every leaf of nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -110,8 +110,7 @@ def test_no_box_is_too_small_unless_asked_for():
     """A box of half a pixel is kept; one without an area is not."""
     logits, deltas = torch.full((1, 69), -9.0), torch.zeros(1, 69, 4)
     logits[0, 24], logits[0, 25] = 3.0, 2.0
-    x1, y1, x2, y2 = ANCHORS[25]
-    deltas[0, 25, 2:] = math.log(0.5 / (x2 - x1))
+    deltas[0, 25, 2:] = math.log(0.5 / (ANCHORS[25][2] - ANCHORS[25][0]))
     options = {"pre_nms_topk": 2, "post_nms_topk": 2, "nms_thresh": 1.0}
     (image,) = select_proposals(GRID, logits, deltas, [(48, 48)], **options)
     assert image.logits.tolist() == [3.0, 2.0]

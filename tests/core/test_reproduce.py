@@ -225,10 +225,26 @@ def test_every_row_exists_and_scales(name):
     for row in EXPERIMENTS[name].rows:
         file = str(reproduce.CONFIGS / f"{row.config}.yaml")
         full = load_config(file, ["MODEL.DEVICE", "cpu"])
-        tiny = load_config(file, scale_opts(reproduce.CONFIGS, row.config, "tiny"))
-        for key, divisor in COUNT_DIVISORS.items():
-            is_of_ohem = row.config == "table4/ohem" and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"
-            assert get_value(tiny, key) == get_value(full, key) // (1 if is_of_ohem else divisor)
+        for scale, (of_anchors, of_rois) in COUNT_DIVISORS.items():
+            small = load_config(file, scale_opts(reproduce.CONFIGS, row.config, scale))
+            of_rpn = 1 if row.config == "table4/ohem" else of_anchors
+            for key, divisor in (
+                ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", of_rpn),
+                ("MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP", of_anchors),
+                ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", of_rois),
+                ("MODEL.GROUP_SAMPLING.ROI_SAMPLES_PER_GROUP", of_rois),
+            ):
+                assert get_value(small, key) == get_value(full, key) // divisor
+
+
+def test_photos_are_trained_on_with_the_config_as_with_the_tool():
+    file = reproduce.CONFIGS / "quick/photos.yaml"
+    opts = ["OUTPUT_DIR", "", "MODEL.DEVICE", "cpu"]
+    row = load_config(
+        str(reproduce.CONFIGS / "fpn_finest_sampling.yaml"),
+        [*scale_opts(reproduce.CONFIGS, "fpn_finest_sampling", "photos"), *opts],
+    )
+    assert load_config(str(file), opts) == row
 
 
 def test_figure_4_takes_the_rows_of_table_1_for_the_tables_number_of_samples():

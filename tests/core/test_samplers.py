@@ -31,7 +31,8 @@ FACES = torch.tensor([[8.0, 8, 24, 24], [20, 20, 52, 52]])
 
 
 def make_cfg(sampler="group"):
-    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "SOLVER": {"AMP": {}}, "TEST": {}, "SEED": 7})
+    rooms = {"INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "SOLVER": {"AMP": {}}, "TEST": {}}
+    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "SEED": 7, **rooms})
     add_group_sampling_config(cfg)
     cfg.MODEL.GROUP_SAMPLING.SAMPLER = sampler
     cfg.MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP = 24

@@ -173,7 +173,9 @@ def survivors() -> dict[str, dict[str, Survivor]]:
     listed = yaml.safe_load(SURVIVORS.read_text())
     return {
         module: {
-            name: Survivor(group["reason"], group.get("may_die", False)) for group in groups for name in group["mutants"]
+            name: Survivor(group["reason"], group.get("may_die", False))
+            for group in groups
+            for name in group["mutants"]
         }
         for module, groups in listed.items()
     }

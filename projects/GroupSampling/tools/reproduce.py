@@ -8,9 +8,10 @@
 Each row is one config under configs/, trained by train_net.py into its own folder for each seed. A row that several
 tables share is trained once, a complete row is not repeated, and an interrupted one continues from its last checkpoint.
 "tiny" is the built-in faces sized for two CPU cores: the overrides of configs/quick/tiny.yaml, and the row's numbers of
-samples divided by 8, except that of OHEM. "photos" is the same with configs/quick/photos.yaml, on photographs of WIDER
-FACE's validation set below $DETECTRON2_DATASETS. "wider" changes nothing. Rows that are compared and draw the same
-samples, so that only noise can set them apart, are named before anything is trained.
+samples divided by 8, except that of OHEM. "photos" is likewise with configs/quick/photos.yaml, on photographs of WIDER
+FACE's validation set below $DETECTRON2_DATASETS, its numbers of anchors divided by 32. "wider" changes nothing. Rows
+that are compared and draw the same samples, so that only noise can set them apart, are named before anything is
+trained.
 
 Writes report.md, report.json and images/*.png under OUTPUT/SCALE; rows that were not run are marked there.
 """

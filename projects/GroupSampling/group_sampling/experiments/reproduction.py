@@ -24,14 +24,12 @@ from .runs import Run
 
 # Overrides of every row that fit it to two CPU cores, by scale; below the folder of the configs.
 OVERRIDES = {"tiny": "quick/tiny.yaml", "photos": "quick/photos.yaml"}
-# What these divide a row's numbers of samples by. The ratio of the image areas, 1/47 and 1/22, would leave detectors
-# that draw uniformly a handful of positives. The hardest examples are not fewer in a small image: their number stays.
-COUNT_DIVISORS = {
-    "MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP": 8,
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 8,
-    "MODEL.GROUP_SAMPLING.ROI_SAMPLES_PER_GROUP": 8,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
-}
+# What these divide a row's numbers of samples by: anchors, RoIs. The ratio of the image areas, 1/47 and 1/22, would
+# leave detectors that draw uniformly a handful of positives on the built-in faces; photographs have so few faces that
+# more samples are nearly all negatives. The hardest examples are not fewer in a small image: their number stays.
+COUNT_DIVISORS = {"tiny": (8, 8), "photos": (32, 8)}
+_ANCHOR_COUNTS = ("MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP", "MODEL.RPN.BATCH_SIZE_PER_IMAGE")
+_ROI_COUNTS = ("MODEL.GROUP_SAMPLING.ROI_SAMPLES_PER_GROUP", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE")
 # Rows that differ in these keys alone are one training run twice if they draw the same samples nevertheless: less than
 # SAME_SAMPLES apart in total variation and number, on the first IMAGES_TO_COMPARE images.
 SAMPLING_KEYS = {
@@ -276,7 +274,8 @@ def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
     opts = [part for key, value in flatten_config(overrides) for part in (key, str(value))]
     cfg = load_config(str(configs / f"{config}.yaml"), ["MODEL.DEVICE", "cpu"])
     is_mining = SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits
-    for key, divisor in COUNT_DIVISORS.items():
-        if not (is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"):
-            opts += [key, str(max(1, get_value(cfg, key) // divisor))]
+    for keys, divisor in zip((_ANCHOR_COUNTS, _ROI_COUNTS), COUNT_DIVISORS[scale]):
+        for key in keys:
+            if not (is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"):
+                opts += [key, str(max(1, get_value(cfg, key) // divisor))]
     return opts

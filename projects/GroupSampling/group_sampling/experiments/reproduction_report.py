@@ -221,10 +221,8 @@ def draw(name: str, experiment: dict, path: Path, scale: str) -> None:
         for row in experiment["rows"]:
             label, n = row["label"].split(", N = ")
             lines[label].append((n, *pair(row["ours"].get("all"))))
-        divisor = COUNT_DIVISORS["MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP"]
-        plot_ap_lines(
-            lines, path, xlabel="N of the config" + (f", of which 1/{divisor} is drawn" if scale in OVERRIDES else "")
-        )
+        share = f", of which 1/{COUNT_DIVISORS[scale][0]} is drawn" if scale in OVERRIDES else ""
+        plot_ap_lines(lines, path, xlabel=f"N of the config{share}")
         return
     plot_ap_bars(
         {row["label"]: {s: pair(v) for s, v in row["ours"].items()} for row in experiment["rows"]},
@@ -241,9 +239,9 @@ def write_report(reproduction: Reproduction) -> Path:
         where = {"tiny": "procedural faces", "photos": "1,300 photographs"}[scale]
         note = (
             f"Each row is its config with the overrides of `configs/{OVERRIDES[scale]}`, its numbers of anchors and "
-            f"RoIs drawn divided by 8, except OHEM's: a small network from scratch on {where}. Order and differences "
-            "can be compared with the paper's, absolute values cannot."
-        )
+            "RoIs drawn divided by {} and {}, except OHEM's: a small network from scratch on {}. Order and "
+            "differences can be compared with the paper's, absolute values cannot."
+        ).format(*COUNT_DIVISORS[scale], where)
     trainings = [
         training
         for config in reproduction.configs

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """How fast a training step is: against stock detectors, against its backbone alone, stage by stage, key by key.
 
-    python bench_training.py [--compare rpn rcnn keys] [--device cpu|cuda] [--side 320] [--images 1] [--faces 50]
-                             [--precision float32|bfloat16|float16] [--rounds 7] [--threads N] [--json FILE]
+    python bench_training.py [--compare rpn rcnn keys keys_detectron2] [--device cpu|cuda] [--side 320] [--images 1]
+                             [--faces 50] [--precision float32|bfloat16|float16] [--rounds 7] [--threads N]
+                             [--json FILE]
 
 All detectors train in one process on the same images of noise and faces, and take turns: a round is one step of each.
 
 rpn    FPN-finest-sampling (Table 1) on both engines, against Detectron2's RPN-R50-FPN and torchvision's RPN.
 rcnn   Grouped Fast R-CNN (Table 5) on both engines, against both frameworks' Faster R-CNN R50-FPN.
-keys   FPN-finest-sampling with each key that makes a training faster or smaller, against the plain one.
+keys   FPN-finest-sampling with each key that makes a training faster or smaller, against the plain one, on the
+       torchvision engine; keys_detectron2 on Detectron2's.
 
 A step is forward pass, backward pass and the optimizer's update, without data; what our loader takes for a batch (JPEG,
 scale jitter, crop, in one process) stands beside it. The limit is forward and backward pass of our backbone and its FPN
@@ -153,7 +155,7 @@ def measure(kind: str, options: argparse.Namespace) -> list[dict]:
     for turn in range(WARM_UP + options.rounds):
         for subject in found:
             seconds = seconds_of(subject.step, options.device)
-            limit = seconds_of(subject.limit, options.device) if subject.limit and kind != "keys" else None
+            limit = seconds_of(subject.limit, options.device) if subject.limit and not kind.startswith("keys") else None
             if turn >= WARM_UP:
                 subject.seconds.append(seconds)
                 subject.limit_seconds += [] if limit is None else [limit]
@@ -213,7 +215,7 @@ def table(report: dict) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("rpn", "rcnn", "keys")
+    kinds = ("rpn", "rcnn", "keys", "keys_detectron2")
     parser.add_argument("--compare", nargs="+", choices=kinds, default=list(kinds))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--side", type=int, default=None, help="of the images in pixels (default: 320; 1,200 on a GPU)")
@@ -236,6 +238,8 @@ def main() -> None:
     options = parse_arguments()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_training: --device cuda, but torch sees no GPU")
+    if version_of("detectron2") is None:
+        options.compare = [kind for kind in options.compare if kind != "keys_detectron2"]
     torch.set_num_threads(options.threads)
     report = {
         **surroundings(options.device, options.threads),

@@ -100,7 +100,7 @@ def on_torchvision(config: str, name: str, options: argparse.Namespace, more: li
         "backbone": [(model.backbone, "forward")],
         "head": [(model.rpn.head, "forward"), (model.rpn.head, "predictor")],
         "assign and sample": [(model.rpn.criterion.sampler, "choose")],
-        "second stage": [(model.roi_heads, "forward")],
+        "second stage": [(model.roi_heads, "forward")] if hasattr(model.roi_heads, "sampler") else [],
     }
     step = functools.partial(tv_train.train_step, model, update, batch, device, 0)
     return Subject(name, model, step, backbone_alone(model.backbone, images, update.autocast), parts)
@@ -121,7 +121,7 @@ def on_detectron2(config: str, name: str, options: argparse.Namespace, more: lis
         "backbone": [(model.backbone, "forward")],
         "head": [(rpn.rpn_head, "forward"), (rpn.rpn_head, "predictor")],
         "assign and sample": [(rpn.criterion.sampler, "choose")],
-        "second stage": [(model.roi_heads, "forward")],
+        "second stage": [(model.roi_heads, "forward")] if hasattr(model.roi_heads, "sampler") else [],
     }
     step = in_storage(functools.partial(update, 0, batch, model, ["a.jpg"] * len(batch)))
     return Subject(name, model, step, backbone_alone(model.backbone, images, update.autocast), parts)
@@ -236,10 +236,11 @@ def make_batch(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray
 def subjects(kind: str, options: argparse.Namespace) -> Iterator[Callable[[], Subject]]:
     """The detectors of a comparison, the one that the others are compared with first."""
     has_detectron2 = version_of("detectron2") is not None
-    if kind == "keys":
+    if kind.startswith("keys"):
+        on_engine = on_detectron2 if kind == "keys_detectron2" else on_torchvision
         for name, keys in KEYS.items():
             if name in options.keys and (name != "ACCUMULATE_STEPS" or options.images > 1):
-                yield functools.partial(on_torchvision, "fpn_finest_sampling.yaml", name, options, keys)
+                yield functools.partial(on_engine, "fpn_finest_sampling.yaml", name, options, keys)
         return
     config = {"rpn": "fpn_finest_sampling.yaml", "rcnn": "table5/grouped_fast_rcnn.yaml"}[kind]
     ours = {"rpn": "FPN-finest-sampling", "rcnn": "Grouped Fast R-CNN"}[kind]

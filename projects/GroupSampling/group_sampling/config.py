@@ -112,6 +112,9 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
     cfg.TEST.WIDER_GROUND_TRUTH = "auto"
 
+    # Images of one size that an evaluation looks at together. With a pyramid, tiles are looked at one by one all the same.
+    cfg.TEST.IMS_PER_BATCH = 1
+
     # A detector returns, beside its detections, those of each sub-detector: of the anchors of one scale alone, with
     # their own top-k, NMS, merge of the pyramid and limit (Sec. 6.1). An evaluation then has AP@16, AP@32, ...
     cfg.TEST.SUB_DETECTORS = False

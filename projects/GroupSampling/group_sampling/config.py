@@ -112,7 +112,7 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # "auto": for wider_face_val, ground_truth or eval_tools/ground_truth in WIDER_FACE, if they are there. "": none.
     cfg.TEST.WIDER_GROUND_TRUTH = "auto"
 
-    # Images of one size that an evaluation looks at together. With a pyramid, tiles are looked at one by one all the same.
+    # Images of one size that an evaluation looks at together; with a pyramid, its tiles are looked at one by one.
     cfg.TEST.IMS_PER_BATCH = 1
 
     # A detector returns, beside its detections, those of each sub-detector: of the anchors of one scale alone, with

@@ -274,10 +274,10 @@ class Trainer(DefaultTrainer):
             if isinstance(evaluator, GroupSamplingEvaluator):
                 share = evaluator.start(model, resume=resume)
                 loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)), skip_unreadable=True)
-                if cfg.TEST.IMS_PER_BATCH > 1:
-                    loader = BatchesBySize(_Images(loader), cfg.TEST.IMS_PER_BATCH, lambda x: tuple(x["image"].shape))
             else:
                 loader = cls.build_test_loader(cfg, name)
+            if cfg.TEST.IMS_PER_BATCH > 1:
+                loader = BatchesBySize(_Images(loader), cfg.TEST.IMS_PER_BATCH, lambda x: tuple(x["image"].shape))
             results[name] = inference_on_dataset(detector, loader, evaluator)
             if comm.is_main_process():
                 print_csv_format(results[name])

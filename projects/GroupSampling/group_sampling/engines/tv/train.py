@@ -237,7 +237,9 @@ def train_step(
         return losses
 
     losses = update(iteration, batch, forward, [example.record.file_name for example in batch])
-    return losses, {name: sum(part[name] for part in counts) / len(counts) for name in counts[0]}
+    if len(counts) == 1:
+        return losses, counts[0]
+    return losses, {name: torch.stack([part[name] for part in counts]).mean() for name in counts[0]}
 
 
 @stop.handler.at_once()

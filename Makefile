@@ -57,7 +57,7 @@ mutants: env  # changes the core's code, one small change at a time: do its test
 
 bench: env
 	$(PY) $(PROJECT)/benchmarks/bench_matcher.py
-	$(PY) $(PROJECT)/benchmarks/bench_iteration.py
+	$(PY) $(PROJECT)/benchmarks/bench_training.py
 
 lint: env
 	$(PY) -m ruff check .

@@ -4,9 +4,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from group_sampling.data.images import read_image
+from group_sampling.data.images import read_image, read_reduced
 from group_sampling.data.loader import SkippedImage, TrainingStream, build_test_loader, build_train_loader, filter_empty
 from group_sampling.data.records import ImageRecord
 from group_sampling.data.synthetic import records
@@ -223,3 +223,55 @@ def test_filter_empty_keeps_images_with_a_face():
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         train_batches(1, **arguments)
+
+
+# -- JPEGs decoded at a fraction of their size ------------------------------------------------------------------------
+
+
+def photograph(path, orientation=1, **options):
+    """A smooth picture of 160 x 242 pixels, as stored."""
+    rows, columns = np.mgrid[0:160, 0:242]
+    waves = [np.sin(rows / 17 + k) + np.cos(columns / (11 + k)) + 0.2 * np.sin(rows * columns / 900) for k in range(3)]
+    pixels = (128 + 50 * np.stack(waves, axis=2)).clip(0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("scale, divisor", [(0.2, 4), (0.25, 4), (0.3, 2), (0.5, 2), (0.6, 1), (1.0, 1), (2.0, 1)])
+def test_a_jpeg_is_decoded_as_small_as_it_may_be(scale, divisor, orientation, tmp_path):
+    photograph(tmp_path / "a.jpg", orientation, quality=95)
+    entry = make_record(tmp_path / "a.jpg")
+    whole, (image, size) = read_image(entry), read_reduced(entry, scale)
+    assert size == whole.shape[:2] == ((242, 160) if orientation == 6 else (160, 242))
+    assert image.shape[:2] == tuple(-(-side // divisor) for side in size)
+    if divisor == 1:
+        assert np.array_equal(image, whole)
+
+
+@pytest.mark.parametrize("options, tolerance", [({"quality": 95}, 3.0), ({"format": "PNG"}, 0.0)], ids=["jpeg", "png"])
+def test_a_reduced_stream_has_the_geometry_of_the_whole_one(options, tolerance, tmp_path):
+    """Boxes, sizes and records are equal. So are pixels that were not shrunk to a half or less; of a JPEG the others
+    differ by three levels on average at most: it is averaged in blocks of 2 x 2 or 4 x 4 first."""
+    photograph(tmp_path / "a.jpg", **options)
+    entry = make_record(tmp_path / "a.jpg", boxes=[[20, 30, 90, 100], [100, 20, 180, 90]])
+    transform = TrainTransform((0.2, 0.25, 0.4, 0.5, 1.0, 1.5), crop_size=(60, 60))
+    differences = {}
+    for draw in range(24):
+        whole, reduced = (
+            TrainingStream(
+                [entry], transform, tuple_of, seed=5, images_per_batch=1, max_bad_share=0, reduce_jpeg=reduce_jpeg
+            ).batch(draw)[0]
+            for reduce_jpeg in (False, True)
+        )
+        scale = transform.draw_scale(np.random.default_rng([5, 1, draw]))
+        for a, b in zip(whole[1:4], reduced[1:4]):
+            assert np.array_equal(a, b)
+        assert (whole[4].height, whole[4].width) == (reduced[4].height, reduced[4].width) == (160, 242)
+        assert whole[0].shape == reduced[0].shape
+        difference = np.abs(whole[0].astype(int) - reduced[0]).mean()
+        differences[scale] = max(differences.get(scale, 0), difference)
+    assert differences.keys() == set(transform.scales)
+    assert all(value <= (tolerance if scale <= 0.5 else 0) for scale, value in differences.items()), differences
+    assert tolerance == 0 or max(differences.values()) > 0

@@ -4,12 +4,14 @@ And the average of the weights: what it is, which files have it, exact resume.
 """
 
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from test_tv_train import assert_equal
 from tv_cases import CONFIGS, SMALL_OPTS, arguments, d2_setup, first_step, gradients_of, train_module
 
@@ -18,6 +20,7 @@ from group_sampling.config import ConfigError
 from group_sampling.engines.averaging import WeightAverage
 from group_sampling.engines.speed import _recompute
 from group_sampling.engines.step import TrainingStep
+from group_sampling.evaluation.run import Evaluation
 from group_sampling.samplers import AnchorSampler
 
 ENGINES = ["torchvision", "detectron2"]
@@ -297,3 +300,51 @@ def test_checkpoints_and_evaluations_have_the_average(engine, tmp_path, monkeypa
     with pytest.raises(ConfigError, match=r"^--resume: SOLVER\.EMA\.ENABLED: expected True"):
         run(engine, tmp_path, 8)
     assert yaml.safe_load(saved["config"])["SOLVER"]["EMA"] == {"ENABLED": True, "DECAY": 0.7}
+
+
+# -- Evaluation in batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_evaluation_in_batches_finds_the_same(engine, tmp_path, monkeypatch):
+    """Images of two sizes; those of one size go through the model together, and detections are equal up to rounding."""
+    train = train_module(engine)
+    images = tmp_path / "images"
+    images.mkdir()
+    entries = []
+    for k in range(5):
+        width = 96 if k % 2 else 64
+        pixels = np.random.default_rng(k).integers(0, 256, (64, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{k}.png")
+        entries.append({"id": k + 1, "file_name": f"{k}.png", "width": width, "height": 64})
+    boxes = [{"id": k + 1, "image_id": k + 1, "category_id": 1, "bbox": [8, 8, 30, 30]} for k in range(5)]
+    content = {"images": entries, "annotations": boxes, "categories": [{"id": 1, "name": "face"}]}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    sizes, added, per_run = [], {}, []
+    add = Evaluation.add
+    monkeypatch.setattr(
+        Evaluation, "add", lambda self, name, found: added.update({name: found}) or add(self, name, found)
+    )
+    for size in (1, 2):
+        opts = ["DATASETS.COCO_FORMAT", "(('set', 'set.json', 'images'),)", "DATASETS.TEST", "('set',)"]
+        args = arguments(tmp_path, *opts, "DATASETS.TRAIN", "()", "TEST.IMS_PER_BATCH", size)
+        args.opts[1] = str(tmp_path / str(size))  # OUTPUT_DIR
+        cfg = d2_setup(args) if engine == "detectron2" else train.load_config(args.config_file, args.opts)
+        torch.manual_seed(0)
+        model = (train.Trainer.build_model(cfg) if engine == "detectron2" else train.build_model(cfg)).eval()
+        model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        if engine == "detectron2":
+            train.Trainer.test(cfg, model)
+        else:
+            train.evaluate(cfg, model, torch.device("cpu"))
+        per_run.append((list(sizes), dict(added)))
+        sizes.clear()
+        added.clear()
+    (alone, expected), (together, found) = per_run
+    assert alone == [1] * 5 and sorted(together) == [1, 2, 2]
+    assert found.keys() == expected.keys() and len(found) == 5
+    for name, detections in expected.items():
+        assert len(detections.boxes) > 0
+        np.testing.assert_allclose(found[name].boxes, detections.boxes, atol=1e-2)
+        np.testing.assert_allclose(found[name].scores, detections.scores, atol=1e-5)

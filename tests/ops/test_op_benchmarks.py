@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from group_sampling.ops import extension_status
 
@@ -37,20 +39,39 @@ def test_bench_matcher(repository, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_iteration(repository, tmp_path):
+def test_bench_training(repository, tmp_path):
     out = run(
         repository,
-        "bench_iteration.py",
-        *("--engines", "torchvision", "--cases", "demo", "--iterations", 2, "--threads", 1),
-        *("--json", tmp_path / "report.json"),
+        "bench_training.py",
+        *("--compare", "rpn", "rcnn", "keys", "--keys", "plain", "BACKBONE.RECOMPUTE", "--side", 96, "--faces", 5),
+        *("--rounds", 1, "--threads", 1, "--json", tmp_path / "report.json"),
     )
-    (record,) = json.loads((tmp_path / "report.json").read_text())["records"]
-    assert (record["engine"], record["iterations"], record["images"]) == ("torchvision", 2, 4)
-    assert 0 < record["assign_ms"] < record["iteration_ms"]
-    assert 0 < record["share"] < 1
-    assert 0 < sum(record["stages_ms"].values()) < record["iteration_ms"]
-    assert record["peers_ms"]["torchvision"] > 0
-    assert "| demo | torchvision | 4 | " in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    kinds = [record["comparison"] for record in report["records"]]
+    assert kinds.count("keys") == 2 and kinds.count("rpn") == kinds.count("rcnn") >= 2 and report["data_ms"] > 0
+    for record in report["records"]:
+        assert all(record["stages_ms"][stage] > 0 for stage in ("backbone", "head", "assign and sample", "backward"))
+        assert record["images_per_second"] > 0 and record["kept_mb"] > 0
+        assert (record["stages_ms"]["second stage"] > 0) == (record["comparison"] == "rcnn")
+    plain, recomputed = report["records"][-2:]
+    assert recomputed["kept_mb"] < plain["kept_mb"]
+    assert report["records"][0]["speed_of_first"] == 1 and report["records"][0]["step_per_limit"] > 0
+    assert "| FPN-finest-sampling, torchvision engine | " in out
+
+
+@pytest.mark.slow
+def test_bench_loading(repository, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((240, 160)).save(tmp_path / "a.jpg")
+    options = ("--images", 4, "--rounds", 1, "--workers", 0, 1, "--json", tmp_path / "report.json")
+    out = run(repository, "bench_loading.py", tmp_path, *options, "INPUT.CROP.SIZE", "[100, 100]")
+    report = json.loads((tmp_path / "report.json").read_text())
+    ways = ["resize, crop", "crop, resize", "REDUCE_JPEG"]
+    found = [(entry["workers"], entry["way"]) for entry in report["images_per_second"]]
+    assert found == [(workers, way) for workers in (0, 1) for way in ways]
+    assert all(entry["median"] > 0 for entry in report["images_per_second"])
+    assert report["gray_levels"]["crop, resize"]["largest"] <= 1 < report["gray_levels"]["REDUCE_JPEG"]["largest"]
+    assert "images/s" in out
 
 
 @pytest.mark.slow

@@ -138,17 +138,16 @@ def plan(arguments: argparse.Namespace) -> list[dict]:
 
     lacking = absent(PACKAGE_MODULES)
     no_package = f"not installed: {', '.join(lacking)}" if lacking else None
-    results = [str(output / f"bench_{name}_cuda.json") for name in ("matcher", "iteration")]
-    benches = [[sys.executable, str(BENCHMARKS / f"bench_{name}.py")] for name in ("matcher", "iteration")]
-    step("bench_matcher", [*benches[0], "--device", "cuda", "--json", results[0]], skipped=no_package)
-    iteration = [*benches[1], "--device", "cuda", "--cases", "paper", "--iterations", "200"]
-    for precision in ("fp32", "bf16"):
-        path = str(output / f"bench_iteration_cuda_{precision}.json")
-        engine = [*iteration, "--engines", "torchvision", "--precision", precision, "--json", path]
-        step(f"training_{precision}", engine, skipped=no_package)
-    no_detectron2 = no_package or ("Detectron2 is not installed" if absent(["detectron2"]) else None)
-    path = str(output / "bench_iteration_cuda_detectron2.json")
-    step("training_detectron2", [*iteration, "--engines", "detectron2", "--json", path], skipped=no_detectron2)
+    matcher, training = ([sys.executable, str(BENCHMARKS / f"bench_{name}.py")] for name in ("matcher", "training"))
+    path = str(output / "bench_matcher_cuda.json")
+    step("bench_matcher", [*matcher, "--device", "cuda", "--json", path], skipped=no_package)
+    # With Detectron2, where it is installed, on both engines and against its own detectors.
+    runs = {f"training_{name}": ["rpn", "rcnn", "--precision", name] for name in ("float32", "bfloat16", "float16")}
+    runs["training_keys"] = ["keys", "keys_detectron2"]
+    for name, options in runs.items():
+        path = str(output / f"bench_{name}_cuda.json")
+        command = [*training, "--device", "cuda", "--faces", "1000", "--json", path, "--compare", *options]
+        step(name, command, skipped=no_package)
     return steps
 
 

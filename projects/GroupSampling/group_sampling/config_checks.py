@@ -41,6 +41,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "MODEL.ROI_HEADS.NUM_CLASSES": (1, _INF),
     "MODEL.ROI_HEADS.NMS_THRESH_TEST": (0, 1),
     "TEST.EVAL_PERIOD": (0, _INF),
+    "TEST.IMS_PER_BATCH": (1, _INF),
     "TEST.DETECTIONS_PER_IMAGE": (1, _INF),
     "TEST.PYRAMID.SCALES": (0.01, 100),
     "TEST.VALIDATION_IMAGES": (0, _INF),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from .. import distributed
 from ..errors import UserError
-from .images import read_image
+from .images import read_image, read_reduced
 from .records import ImageRecord, UnreadableImageError, far_outside, fit_exchanged_sides
 from .transforms import TestTransform, TrainTransform
 
@@ -82,6 +82,7 @@ class TrainingStream(IterableDataset):
         images_per_batch: of this rank.
         start_batch: first batch, for a run that resumes.
         max_bad_share: see :class:`TrainLoader`, which enforces it.
+        reduce_jpeg: decode a JPEG that the jitter shrinks at a fraction of its size; pixels differ a little.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class TrainingStream(IterableDataset):
         world_size: int = 1,
         start_batch: int = 0,
         max_bad_share: float,
+        reduce_jpeg: bool = False,
     ) -> None:
         if not records:
             raise ValueError("records: expected at least one image to train on, got none")
@@ -116,6 +118,7 @@ class TrainingStream(IterableDataset):
         self.world_size = world_size
         self.start_batch = start_batch
         self.max_bad_share = max_bad_share
+        self.reduce_jpeg = reduce_jpeg
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -133,10 +136,9 @@ class TrainingStream(IterableDataset):
         outside: dict[str, int] = {}
         exchanged: list[Any] = []
         for draw in range(first_draw, first_draw + self.images_per_batch):
-            record, image = self._read(draw, skipped)
-            rng = np.random.default_rng([self.seed, _AUGMENTATION, draw])
-            sample = self.transform(image, record.boxes, record.ignore, record.classes, rng)
-            height, width = image.shape[:2]
+            record, image, (height, width) = self._read(draw, skipped)
+            rng = self._augmentation(draw)
+            sample = self.transform(image, record.boxes, record.ignore, record.classes, rng, (height, width))
             num_outside = int(far_outside(record.boxes, height, width).sum())
             if num_outside:
                 outside[record.file_name] = num_outside
@@ -148,8 +150,12 @@ class TrainingStream(IterableDataset):
             )
         return Batch(examples, skipped, outside, exchanged)
 
-    def _read(self, draw: int, skipped: list[SkippedImage]) -> tuple[ImageRecord, np.ndarray]:
-        """Read the image of ``draw``, or the first readable one of its replacements."""
+    def _augmentation(self, draw: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _AUGMENTATION, draw])
+
+    def _read(self, draw: int, skipped: list[SkippedImage]) -> tuple[ImageRecord, np.ndarray, tuple[int, int]]:
+        """Read the image of ``draw``, or the first readable one of its replacements; with its size, (height, width)."""
+        scale = self.transform.draw_scale(self._augmentation(draw)) if self.reduce_jpeg else 1.0
         epoch, position = divmod(draw, len(self.records))
         index = _epoch_order(self.seed, epoch, len(self.records))[position]
         replacements = np.random.default_rng([self.seed, _REPLACEMENT, draw])
@@ -157,13 +163,13 @@ class TrainingStream(IterableDataset):
         while len(errors) < _MAX_ATTEMPTS:
             record = self.records[index]
             try:
-                image = read_image(record)
+                image, size = read_reduced(record, scale)
             except UnreadableImageError as error:
                 errors.append(SkippedImage(error.file, error.reason))
                 index = replacements.integers(len(self.records))
             else:
                 skipped.extend(errors)
-                return record, image
+                return record, image, size
         raise BadDataError(
             f"draw {draw}: {_MAX_ATTEMPTS} images in a row cannot be read. Expected readable images, got:\n"
             + list_files({error.file: error.reason for error in errors})
@@ -273,6 +279,7 @@ def build_train_loader(
     start_batch: int = 0,
     num_workers: int,
     max_bad_share: float,
+    reduce_jpeg: bool = False,
     pin_memory: bool = False,
 ) -> TrainLoader:
     """Endless loader of training batches; see :class:`TrainingStream` for the arguments and what it promises.
@@ -290,6 +297,7 @@ def build_train_loader(
         world_size=world_size,
         start_batch=start_batch,
         max_bad_share=max_bad_share,
+        reduce_jpeg=reduce_jpeg,
     )
     return TrainLoader(stream, num_workers, pin_memory)
 

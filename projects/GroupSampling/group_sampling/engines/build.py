@@ -366,5 +366,6 @@ def build_training_loader(
         start_batch=start_iter,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
+        reduce_jpeg=cfg.INPUT.REDUCE_JPEG,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
     )

@@ -62,7 +62,7 @@ class TrainingStep:
         self.model, self._optimizer, self._num_parts = model, optimizer, cfg.SOLVER.ACCUMULATE_STEPS
         self.guard, self.clipper = FiniteLossGuard(optimizer), GradientClipper(cfg, optimizer)
         device_type, precision = torch.device(cfg.MODEL.DEVICE).type, training_precision(cfg)
-        self._autocast = nullcontext if precision is None else functools.partial(torch.autocast, device_type, precision)
+        self.autocast = nullcontext if precision is None else functools.partial(torch.autocast, device_type, precision)
         self.scaler = torch.amp.GradScaler(device_type) if precision == torch.float16 else None
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         self.average = WeightAverage(inner, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
@@ -91,7 +91,7 @@ class TrainingStep:
         losses: dict[str, Tensor] = {}
         for k in range(count):
             with self._without_exchange() if k + 1 < count else nullcontext():
-                with self._autocast(), part_of_batch(k * size, len(batch)):
+                with self.autocast(), part_of_batch(k * size, len(batch)):
                     part = forward(batch[k * size : (k + 1) * size])
                 if count > 1:
                     part = {name: loss / count for name, loss in part.items()}

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -35,6 +35,7 @@ from torch.utils.data import SequentialSampler
 from ... import stop
 from ...checkpointer import CheckpointMixin, refuse_average
 from ...config import add_group_sampling_config, check_values, get_value, merge_config
+from ...data.batching import BatchesBySize
 from ...errors import describe, is_expected
 from ..build import (
     build_training_loader,
@@ -297,10 +298,26 @@ class Trainer(DefaultTrainer):
                 loader = cls._build_loader(cfg, list(map(to_dataset_dict, share)), skip_unreadable=True)
             else:
                 loader = cls.build_test_loader(cfg, name)
+            if cfg.TEST.IMS_PER_BATCH > 1:
+                loader = BatchesBySize(_Images(loader), cfg.TEST.IMS_PER_BATCH, lambda x: tuple(x["image"].shape))
             results[name] = inference_on_dataset(detector, loader, evaluator)
             if comm.is_main_process():
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results
+
+
+class _Images:
+    """The images of a loader of batches of one."""
+
+    def __init__(self, loader: Sized):
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        for (image,) in self._loader:
+            yield image
 
 
 def _without_traceback(entry: logging.LogRecord) -> bool:

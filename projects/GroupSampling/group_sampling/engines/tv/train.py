@@ -28,6 +28,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from ... import stop
 from ...checkpointer import CheckpointMixin
+from ...data.batching import BatchesBySize
 from ...data.catalog import Catalog
 from ...data.loader import SkippedImage, build_test_loader
 from ...data.records import ImageRecord
@@ -251,7 +252,9 @@ def train_step(
         return losses
 
     losses = update(iteration, batch, forward, [example.record.file_name for example in batch])
-    return losses, {name: sum(part[name] for part in counts) / len(counts) for name in counts[0]}
+    if len(counts) == 1:
+        return losses, counts[0]
+    return losses, {name: torch.stack([part[name] for part in counts]).mean() for name in counts[0]}
 
 
 def _to_inputs(batch: Sequence[Example], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -313,19 +316,25 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
     if cfg.TEST.PYRAMID.SCALES:
         model = GroupSamplingTTA(cfg, model)
     start = last_report = time.perf_counter()
-    for done, example in enumerate(loader, start=1):
-        if isinstance(example, SkippedImage):
-            evaluation.skip(example.file, example.reason)
+    done = 0
+    for batch in BatchesBySize(loader, cfg.TEST.IMS_PER_BATCH, _size_of):
+        done += len(batch)
+        if isinstance(batch[0], SkippedImage):
+            evaluation.skip(batch[0].file, batch[0].reason)
             continue
-        output = model([example.image.to(device).float()])[0]
-        record = example.record
-        found = _rescale(to_detections(output), example.image.shape[-2:], (record.height, record.width))
-        evaluation.add(record.image_id, found.numpy())
+        outputs = model([example.image.to(device).float() for example in batch])
+        for (image, _, record), output in zip(batch, outputs):
+            found = _rescale(to_detections(output), image.shape[-2:], (record.height, record.width))
+            evaluation.add(record.image_id, found.numpy())
         now = time.perf_counter()
         if now - last_report > _PROGRESS_SECONDS:
             eta = datetime.timedelta(seconds=int((now - start) / done * (len(loader) - done)))
             logger.info(f"{name}: {done} of {len(loader)} images, eta: {eta}")
             last_report = now
+
+
+def _size_of(example: Example | SkippedImage) -> torch.Size | None:
+    return None if isinstance(example, SkippedImage) else example.image.shape
 
 
 def _rescale(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:

@@ -64,15 +64,36 @@ def atomic_file(path: str | os.PathLike, *, durable: bool = False) -> Iterator[B
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    raw: _RawFile | None = None
     try:
-        with open(temporary, "wb") as file:
+        raw = _RawFile(temporary, "wb")
+        with io.BufferedWriter(raw) as file:
             yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        cause = error if raw is None else raw.error
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is nothing left of it, or an error that says more is on its way
+            temporary.unlink()
+
+
+class _RawFile(io.FileIO):
+    """Keeps the error of a write: the library that writes may put it into words of its own, as ``torch.save`` does."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:

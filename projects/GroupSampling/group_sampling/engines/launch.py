@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .. import stop
 from ..config import ConfigError
 from ..errors import UserError, describe, is_expected
-from .output import own_output
+from .output import own_output, saying_what_is_safe
 
 # Called as work(cfg, args, device), where ``device`` is that of the process. A function of a module, since other
 # processes import it by name.
@@ -42,7 +42,8 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace, finish: Finish | 
     Args:
         cfg: ``MODEL.DEVICE`` decides between GPUs (NCCL) and CPUs (gloo).
         args: with the attributes of Detectron2's ``default_argument_parser``. ``num_gpus`` is the number of processes
-            on this machine, also with ``MODEL.DEVICE cpu``. Under ``torchrun`` its process group is joined instead.
+            on this machine, also with ``MODEL.DEVICE cpu``. Under ``torchrun`` its process group is joined instead;
+            when it has started the processes again (``--max-restarts``), ``resume`` becomes True.
         finish: called at the end of a run that has not failed, on the first machine.
 
     Returns:
@@ -55,6 +56,11 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace, finish: Finish | 
         RuntimeError: a process failed for another reason.
     """
     is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts > 0 and not args.resume:
+        args.resume = True
+        if is_first:
+            print(f"torchrun has started the processes again ({restarts}): --resume", flush=True)
     with own_output(cfg.OUTPUT_DIR) if is_first else nullcontext():
         result = _launch(work, cfg, args)
         if is_first and finish:
@@ -69,7 +75,7 @@ def _launch(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
             raise ConfigError(f"--num-gpus {args.num_gpus}: torchrun has started the processes, omit the flag")
         return _work_in_group(work, cfg, args)
     if args.num_gpus * args.num_machines <= 1:
-        with stop.handler.installed():
+        with stop.handler.installed(), saying_what_is_safe(cfg.OUTPUT_DIR):
             return work(cfg, args, device)
     if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(f"--num-gpus {args.num_gpus}: torch sees {torch.cuda.device_count()} CUDA devices")
@@ -166,7 +172,7 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     # gloo exchanges the Python objects, also where NCCL exchanges the gradients.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        with stop.handler.installed():
+        with stop.handler.installed(), saying_what_is_safe(cfg.OUTPUT_DIR):
             result = work(cfg, args, device)
     except stop.Stopped as stopped:
         if dist.get_rank() == 0:

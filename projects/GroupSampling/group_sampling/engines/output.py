@@ -1,13 +1,21 @@
 """``OUTPUT_DIR`` of a run: one run at a time, and nothing that a killed one left half done."""
 
+import errno
+import functools
+import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO, TypeGuard
 
 from ..config import ConfigError
+from ..errors import UserError
 
 try:
     import fcntl
@@ -16,6 +24,10 @@ except ImportError:  # Windows, where two runs in one folder are not noticed
 else:
     _HAS_LOCKS = True
 
+# A disk that is full or fails, not a name that is wrong.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_OWNER = re.compile(r"process (\d{1,9}) on (.*)")
+_GONE_SECONDS = 20.0
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # see files.atomic_file
 
 
@@ -37,21 +49,47 @@ def own_output(folder: str) -> Iterator[None]:
         raise ConfigError(f"OUTPUT_DIR: expected a folder that can be written to, got {folder!r}: {reason}") from error
     with lock:
         if _HAS_LOCKS:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                owner = lock.read().strip() or "another process"
-                raise ConfigError(
-                    f"OUTPUT_DIR {folder!r}: {owner} runs in it; wait for its end, or give this run another folder"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+            _wait_for(lock, folder)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         _clean(path)
         yield
+
+
+def _wait_for(lock: TextIO, folder: str) -> None:
+    """Take the lock. Workers of a loader may hold that of a killed run for the seconds until they notice."""
+    limit = time.monotonic() + _GONE_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            if time.monotonic() > limit or not _is_gone(owner):
+                raise ConfigError(
+                    f"OUTPUT_DIR {folder!r}: {owner or 'another process'} runs in it; wait for its end, or give this "
+                    "run another folder"
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether the process that the lock names was one of this machine and has ended."""
+    found = _OWNER.fullmatch(owner)
+    if found is None or found[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
 
 
 def _clean(folder: Path) -> None:
@@ -64,3 +102,67 @@ def _clean(folder: Path) -> None:
     with metrics.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+@contextmanager
+def saying_what_is_safe(folder: str) -> Iterator[None]:
+    """Within, an error of the disk ends the run, and tells from where ``--resume`` goes on.
+
+    Also that of a log, for which ``logging`` prints a traceback for every line and goes on.
+
+    Raises:
+        UserError: in its place.
+    """
+    handle, hook = logging.Handler.handleError, threading.excepthook
+    logging.Handler.handleError = functools.partialmethod(_handle_log_error, handle)  # type: ignore[assignment]
+    threading.excepthook = functools.partial(_handle_thread_error, hook)
+    try:
+        yield
+    except OSError as error:
+        if not _is_of_disk(error):
+            raise
+        where = folder if error.filename is None else os.fsdecode(error.filename)
+        _give_up_logs(folder)
+        raise UserError(f"{where}: {os.strerror(error.errno or 0)}. {_what_is_safe(folder)}") from error
+    finally:
+        logging.Handler.handleError = handle  # type: ignore[method-assign]
+        threading.excepthook = hook
+
+
+def _is_of_disk(error: BaseException | None) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
+
+
+def _handle_log_error(handler: logging.Handler, handle: Callable, entry: logging.LogRecord) -> None:
+    error = sys.exc_info()[1]
+    if _is_of_disk(error):
+        raise error
+    handle(handler, entry)
+
+
+def _handle_thread_error(hook: Callable, error: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, and raises its error again in the next call."""
+    if not _is_of_disk(error.exc_value):
+        hook(error)
+
+
+def _give_up_logs(folder: str) -> None:
+    """Close the logs in a folder: else Python fails to write the rest of them at its exit, and says so last."""
+    logs = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    for stream in {getattr(handler, "stream", None) for log in logs for handler in log.handlers}:
+        name = str(getattr(stream, "name", ""))
+        if (
+            stream is not None
+            and os.path.isfile(name)
+            and os.path.samefile(os.path.dirname(os.path.abspath(name)), folder)
+        ):
+            with suppress(OSError):
+                stream.close()
+
+
+def _what_is_safe(folder: str) -> str:
+    try:
+        name = Path(folder, "last_checkpoint").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return f"{folder} has no checkpoint yet: start again where there is space"
+    return f"{Path(folder, name)} is whole: make space, and --resume continues from it"

@@ -100,6 +100,7 @@ def side_by_side(runs):
 @pytest.fixture(scope="module")
 def single(runs):
     environment = [("torch", "9.9"), ("GPU", "none")]
+    write_json(runs[1].folder / "report/misses_old_1.jpg", {})  # of an earlier report
     return write_report(runs[1:], runs[1].folder, title="mine", configs=CONFIGS, environment=environment)
 
 
@@ -117,12 +118,13 @@ def test_runs_side_by_side(runs, side_by_side):
     names = [Path(name).stem for name in pictures_of(side_by_side)]
     assert names[:4] == ["samples_per_scale", "training_curves", "health", f"pr_curves_{DATASET}"]
     assert names[4:7] == [f"detections_{kind}_{DATASET}" for kind in ("large", "tiny", "many")]
-    kinds = [f"{NAMES[1]}_{DATASET}_{kind}_{n}" for kind in ("misses", "false_positives") for n in range(1, 5)]
+    kinds = [f"{kind}_2_{DATASET}_{n}" for kind in ("misses", "false_positives") for n in range(1, 5)]
     assert names[7:] == kinds and page.count("The largest faces that are missed: none.") == 1
 
 
 def test_a_single_run(runs, single):
     """It names what it was run in, what differs from the base, and how long images took."""
+    assert not (runs[1].folder / "report/misses_old_1.jpg").exists()
     assert single == runs[1].folder / "report.html"
     page = single.read_text()
     text = html.unescape(re.sub(r"<[^>]*>", " ", page))

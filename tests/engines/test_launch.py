@@ -56,6 +56,33 @@ def sleep(cfg, args, device):
     time.sleep(120)
 
 
+def finish_once(cfg):
+    with open(Path(cfg.OUTPUT_DIR, "finished"), "a") as file:
+        file.write("once ")
+
+
+@pytest.mark.parametrize("num_gpus", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_end_is_reached_once(tmp_path, num_gpus):
+    """By one process, when no other one works any more, and not after a failure."""
+    launch(exchange, make_cfg(tmp_path), make_args(num_gpus=num_gpus), finish_once)
+    assert (tmp_path / "finished").read_text() == "once "
+    with pytest.raises(ZeroDivisionError if num_gpus == 1 else RuntimeError):
+        launch(divide_by_zero, make_cfg(tmp_path), make_args(num_gpus=num_gpus), finish_once)
+    assert (tmp_path / "finished").read_text() == "once "
+
+
+def test_one_rank_of_torchrun_reaches_the_end(tmp_path, monkeypatch):
+    for rank in range(2):
+        monkeypatch.setattr("group_sampling.engines.launch._launch", lambda *args: "result")
+        monkeypatch.setenv("RANK", str(rank))
+        assert launch(exchange, make_cfg(tmp_path), make_args(num_gpus=1), finish_once) == "result"
+    assert (tmp_path / "finished").read_text() == "once "
+
+
+def divide_by_zero(cfg, args, device):
+    return 1 // 0
+
+
 def is_alive(pid):
     """A process that has ended and waits for its parent counts as ended."""
     try:

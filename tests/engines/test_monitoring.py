@@ -218,6 +218,17 @@ def test_the_best_model_is_kept(tmp_path, mode, kept):
     assert saved == kept and not (tmp_path / "last_checkpoint").exists()
 
 
+def test_a_run_that_has_only_a_best_model_starts_again(tmp_path):
+    """It was killed before its first checkpoint; whoever always passes --resume must not be refused."""
+    best_model(tmp_path).update(3, {"AP": 1.0})
+    model = nn.Linear(1, 1)
+    checkpointer = GroupSamplingCheckpointer(model, str(tmp_path), optimizer=torch.optim.SGD(model.parameters(), lr=1))
+    assert checkpointer.resume_or_load("", resume=True) == {}
+    (tmp_path / "model_0000003.pth").touch()
+    with pytest.raises(ConfigError, match=r"the last is model_0000003\.pth, but no file last_checkpoint"):
+        checkpointer.resume_or_load("", resume=True)
+
+
 def test_a_best_model_that_says_nothing_is_replaced(tmp_path, caplog):
     for content, metric in ((b"damaged", "AP"), (None, "AP50")):
         if content:

@@ -23,6 +23,7 @@ from .config import ConfigError, changed_keys
 from .errors import UserError, describe
 from .files import atomic_file, open_regular, write_atomically
 
+BEST_MODEL = "model_best"  # a checkpoint that no training continues from
 _MAX_NAME_BYTES = 4096
 
 
@@ -126,7 +127,8 @@ class CheckpointMixin(Checkpointer):
         return extra
 
     def _refuse_to_start_again(self) -> None:
-        found = sorted(name for name in os.listdir(self.save_dir) if name.endswith(".pth"))
+        names = sorted(os.listdir(self.save_dir))
+        found = [name for name in names if name.endswith(".pth") and name != f"{BEST_MODEL}.pth"]
         if found:
             raise ConfigError(
                 f"--resume: {self.save_dir} has checkpoints, the last is {found[-1]}, but no file last_checkpoint. It "

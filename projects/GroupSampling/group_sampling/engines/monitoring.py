@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import distributed, stop
 from ..checkpoint import CheckpointError, read_checkpoint
-from ..checkpointer import CheckpointMixin
+from ..checkpointer import BEST_MODEL, CheckpointMixin
 from ..config import ConfigError
 from ..criterion import AnchorCriterion
 from ..data.loader import ToExample, build_train_loader
@@ -29,7 +29,6 @@ from .build import build_train_transform, select_records
 
 logger = logging.getLogger(__name__)
 
-BEST_MODEL = "model_best"
 _SEED = 0  # of the validation: its images, crops and flips are not those of a run's SEED
 
 

@@ -3,12 +3,12 @@
 import functools
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..config import flatten_config
 from ..data.images import read_image
@@ -68,6 +68,8 @@ def write_report(
     Raises:
         UserError, OSError: ``runs`` has no run, or its files are damaged.
     """
+    for file in (folder / "report").glob("*.*g"):  # pictures of an earlier report, of which this one may need fewer
+        file.unlink()
     sections = list(_sections(runs, folder, configs))
     sections.append(_environment(folder, environment))
     write_page(folder / "report.html", title, [*notes, *map(_summary, runs)], sections)
@@ -160,14 +162,8 @@ def find_row(config: Mapping[str, Any], configs: Path) -> tuple[str, dict[str, f
 def _paper_detectors(configs: Path) -> dict[str, dict[str, str]]:
     """Config -> values of ``MODEL`` as text, of every row of the tables that ``configs`` has."""
     files = {row: configs / f"{row}.yaml" for values in paper_values().values() for row in values}
-    dumps = {
-        row: _dump(load_config(str(file), ["MODEL.DEVICE", "cpu"])) for row, file in files.items() if file.is_file()
-    }
-    return {row: _comparable({"MODEL": dump["MODEL"]}) for row, dump in dumps.items()}
-
-
-def _dump(cfg: Any) -> dict[str, Any]:
-    return yaml.safe_load(cfg.dump())
+    rows = {row: load_config(str(file), ["MODEL.DEVICE", "cpu"]) for row, file in files.items() if file.is_file()}
+    return {row: _comparable({"MODEL": cfg.MODEL}) for row, cfg in rows.items()}
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, str]:
@@ -183,7 +179,7 @@ def _config(run: Run, of: str, configs: Path) -> Section:
         return Section(title, paragraph(f"Not compared: {file} is not there."))
     engine = run.engine if not (run.engine == "detectron2" and detectron2_problem()) else "torchvision"
     load = importlib.import_module(ENGINE_MODULES[engine]).load_config
-    base, own = _comparable(_dump(load(str(file), ["MODEL.DEVICE", "cpu"]))), _comparable(run.config)
+    base, own = _comparable(load(str(file), ["MODEL.DEVICE", "cpu"])), _comparable(run.config)
     rows = [(key, base[key], own.get(key, "-")) for key in sorted(base) if own.get(key) != base[key]]
     caption = f"Where it differs from {BASE_CONFIG}, on which the paper's rows build. config.yaml has every key."
     return Section(title, paragraph(caption) + table(["key", "base", "this run"], rows, is_text=True))
@@ -219,8 +215,13 @@ def _training(runs: Sequence[Run], folder: Path) -> Iterator[Section]:
             yield Section(title, paragraph(caption) + _draw(folder, name, title, draw))
 
 
+def _file_name(text: str) -> str:
+    """Without what a system or an address could take amiss."""
+    return re.sub(r"[^\w.@-]", "_", text)
+
+
 def _draw(folder: Path, name: str, text: str, draw: Callable[[Path], None]) -> str:
-    file = folder / "report" / f"{name}.png"
+    file = folder / "report" / f"{_file_name(name)}.png"
     draw(file)
     return picture(relative(file, folder), text)
 
@@ -235,9 +236,10 @@ def _detections(runs: Sequence[Run], dataset: str, folder: Path) -> Iterator[Sec
     else:
         yield _curves(runs, dataset, records, predictions, folder)
         yield from _examples(runs, dataset, records, predictions, folder)
-        for run in runs:
+        for number, run in enumerate(runs, start=1):
             title = f"Mistakes on {dataset}{_of(run, runs)}"
-            yield Section(title, _mistakes(run, dataset, records, predictions[run.name], folder))
+            suffix = _file_name(dataset) if len(runs) == 1 else f"{number}_{_file_name(dataset)}"
+            yield Section(title, _mistakes(run, dataset, records, predictions[run.name], folder, suffix))
     for run in runs:
         times = run.times(dataset)
         if times.get("slowest"):
@@ -264,8 +266,17 @@ def _curves(
 
 
 def _mistakes(
-    run: Run, dataset: str, records: Sequence[ImageRecord], predictions: Mapping[str, Detections], folder: Path
+    run: Run,
+    dataset: str,
+    records: Sequence[ImageRecord],
+    predictions: Mapping[str, Detections],
+    folder: Path,
+    suffix: str,
 ) -> str:
+    """
+    Args:
+        suffix: of the names of the pictures.
+    """
     score = run.best_score(dataset)
     body = paragraph(
         f"At the score of the best F1, {score:.3g}. Green: annotated faces; red: detections of at least that score. "
@@ -277,7 +288,7 @@ def _mistakes(
         find_mistakes(records, predictions, min_score=score, count=_NUM_MISTAKES),
     )
     for kind, heading, mistakes in kinds:
-        name = f"{run.name}_{dataset}_{kind}".replace("/", "_")
+        name = f"{kind}_{suffix}"
         drawn, problems = draw_mistakes(mistakes, predictions, folder / "report", name, min_score=score)
         body += paragraph(f"{heading}:" if mistakes else f"{heading}: none.")
         body += gallery(

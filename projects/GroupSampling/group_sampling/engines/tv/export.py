@@ -21,7 +21,7 @@ from ...data.images import read_image
 from ...detections import Detections
 from ...errors import UserError
 from ...version import __version__
-from .exportable import ExportableDetector, suppress, suppress_in_one
+from .exportable import ExportableDetector, OnnxDetector
 from .model import GroupSamplingRCNN, to_detections
 
 OPSET = 18  # of ONNX
@@ -94,7 +94,7 @@ def export(model: GroupSamplingRCNN, kind: str, metadata: dict[str, str], *, wit
     Raises:
         UserError: what the format needs is not installed, or cannot do this; with its reason.
     """
-    detector = ExportableDetector(model, with_nms=with_nms, suppress=FORMATS[kind].suppress)
+    detector = FORMATS[kind].detector(model, with_nms=with_nms)
     batch, height, width = _EXAMPLE
     stride = model.transform.size_divisible
     images = torch.zeros(batch, 3, -(-height // stride) * stride, -(-width // stride) * stride)
@@ -211,10 +211,6 @@ def _write_onnx(detector: ExportableDetector, example: tuple[Tensor, Tensor], st
         zeros = op.ConstantOfShape(op.Shape(scores))
         return op.Cast(op.ScatterND(zeros, place, ones), to=9)  # BOOL
 
-    def write_stable_sort(values, stable: bool = True, dim: int = -1, descending: bool = False):
-        size = op.Slice(op.Shape(values), [dim], [dim + 1])
-        return op.TopK(values, size, axis=dim, largest=int(descending))  # of equal values the first, says its contract
-
     program = torch.onnx.export(
         detector,
         example,
@@ -223,10 +219,7 @@ def _write_onnx(detector: ExportableDetector, example: tuple[Tensor, Tensor], st
         input_names=list(detector.input_names),
         output_names=list(detector.output_names),
         dynamic_shapes=_dynamic_shapes(stride),
-        custom_translation_table={
-            torch.ops.group_sampling.suppress.default: write_suppress,
-            torch.ops.aten.sort.stable: write_stable_sort,
-        },
+        custom_translation_table={torch.ops.group_sampling.suppress.default: write_suppress},
         verbose=False,
     )
     program.model.metadata_props.update(metadata)
@@ -268,11 +261,11 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...]
     write: Callable[[ExportableDetector, tuple[Tensor, Tensor], int, dict[str, str]], bytes]
     load: Callable[[bytes], Run]
-    suppress: Callable[[Tensor, Tensor, float], Tensor] = suppress
+    detector: type[ExportableDetector] = ExportableDetector
 
 
 FORMATS = {
-    "onnx": Format((".onnx",), _write_onnx, _load_onnx, suppress_in_one),
+    "onnx": Format((".onnx",), _write_onnx, _load_onnx, OnnxDetector),
     "torchscript": Format((".pt", ".ts"), _write_torchscript, lambda content: torch.jit.load(io.BytesIO(content))),
     "torch-export": Format(
         (".pt2",), _write_torch_export, lambda content: torch.export.load(io.BytesIO(content)).module()

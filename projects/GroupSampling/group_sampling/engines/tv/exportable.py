@@ -5,7 +5,7 @@ depend on values: where an image has less than its share, the rest is filled up.
 those of the detector itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,31 +21,26 @@ _NOTHING = -torch.inf  # the score of what fills up
 
 
 class _Candidates(NamedTuple):
-    """P boxes of each of B images."""
+    """P boxes of each of B images, best first."""
 
     boxes: Tensor  # (B, P, 4) XYXY in pixels, clipped to the image; zeros in an entry that fills up
     logits: Tensor  # (B, P) face logit minus background logit; _NOTHING in an entry that fills up
     anchor_scales: Tensor  # (B, P) in pixels
-
-    def best(self, count: int, keep: Tensor | None = None) -> "_Candidates":
-        """The ``count`` with the highest logits, best first, of those in the mask ``keep`` (B, P)."""
-        logits, index = _sort(self.logits if keep is None else _mask(self.logits, keep), count)
-        return _Candidates(_take_rows(self.boxes, index), logits, self.anchor_scales.gather(1, index))
 
 
 def _mask(scores: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep, scores, _NOTHING)
 
 
-def _sort(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest of each row, and their columns; of equal ones the first, as NMS has it."""
-    values, index = scores.sort(dim=1, descending=True, stable=True)
-    return values[:, :count], index[:, :count]
-
-
 def _take_rows(values: Tensor, index: Tensor) -> Tensor:
     """``values`` (B, n, 4) at ``index`` (B, k): (B, k, 4)."""
     return values.gather(1, index[..., None].expand(-1, -1, 4))
+
+
+def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest of each row of ``scores`` (N, n), or all, and their columns; of equal ones the first."""
+    values, index = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], index[:, :count]
 
 
 def suppress(boxes: Tensor, scores: Tensor, iou_thresh: float) -> Tensor:
@@ -104,27 +99,20 @@ class ExportableDetector(nn.Module):
     """A detector of this engine at test time, as a function from tensors to tensors.
 
     Args:
-        model: put into eval mode.
+        model: of which it takes the modules, and puts them into eval mode.
         with_nms: False: all up to the last NMS.
-        suppress: :func:`suppress`, or another function that does the same.
 
     Attributes:
         input_names, output_names: of :meth:`forward`.
     """
 
     input_names = ("images", "image_sizes")
+    highest, suppress = staticmethod(highest), staticmethod(suppress)
 
-    def __init__(
-        self,
-        model: GroupSamplingRCNN,
-        *,
-        with_nms: bool = True,
-        suppress: Callable[[Tensor, Tensor, float], Tensor] = suppress,
-    ):
+    def __init__(self, model: GroupSamplingRCNN, *, with_nms: bool = True):
         super().__init__()
-        self.train(model.eval().training)
         rpn, heads = model.rpn, model.roi_heads
-        self.with_nms, self.suppress = with_nms, suppress
+        self.with_nms = with_nms
         self.backbone, self.head = model.backbone, rpn.head
         self.pre_nms_topk, self.post_nms_topk = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
         self.rpn_nms_thresh, self.min_size = rpn.nms_thresh, rpn.min_size
@@ -150,6 +138,7 @@ class ExportableDetector(nn.Module):
         self.output_names = ("boxes", "scores", "anchor_scales")
         if with_nms:
             self.output_names = ("num_detections", "boxes", "scores", "labels", "anchor_scales")
+        self.eval()
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
         """
@@ -202,7 +191,9 @@ class ExportableDetector(nn.Module):
                     logits=_mask(found.logits, self.suppress(boxes, found.logits, self.rpn_nms_thresh))
                 )
             levels.append(found)
-        return _Candidates(*(torch.cat(values, dim=1) for values in zip(*levels))).best(self.post_nms_topk)
+        boxes, logits, scales = (torch.cat(values, dim=1) for values in zip(*levels))
+        logits, index = self.highest(logits, self.post_nms_topk)
+        return _Candidates(_take_rows(boxes, index), logits, scales.gather(1, index))
 
     def _classify(self, features: dict[str, Tensor], found: _Candidates, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (B, P, K, 4) and scores (B, P, K), which the second stage gives if there is one; 0 where nothing is."""
@@ -236,7 +227,7 @@ class ExportableDetector(nn.Module):
         ranks = _mask(scores if ranks is None else ranks, scores > self.score_thresh)
         keep = self.suppress(boxes.transpose(1, 2).flatten(0, 1), ranks.transpose(1, 2).flatten(0, 1), self.nms_thresh)
         keep = keep.unflatten(0, (-1, num_classes)).transpose(1, 2)
-        ranks, index = _sort(_mask(ranks, keep).flatten(1), self.max_detections)
+        ranks, index = self.highest(_mask(ranks, keep).flatten(1), self.max_detections)
         is_real = ranks > _NOTHING
         boxes = torch.where(is_real[..., None], _take_rows(boxes.flatten(1, 2), index), 0)
         found = (
@@ -245,6 +236,16 @@ class ExportableDetector(nn.Module):
             anchor_scales.gather(1, index // num_classes),
         )
         return is_real.sum(dim=1), boxes, *(torch.where(is_real, value, 0) for value in found)
+
+
+class OnnxDetector(ExportableDetector):
+    """The same with the operators of ONNX: its TopK prefers the first of equals, and it suppresses in many lists."""
+
+    suppress = staticmethod(suppress_in_one)
+
+    @staticmethod
+    def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return scores.topk(min(count, scores.shape[1]), dim=1)
 
 
 def _clip(boxes: Tensor, limits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from group_sampling import project
 from group_sampling.data.catalog import Catalog
 from group_sampling.engines.build import read_run_config
 from group_sampling.env import ENGINES, resolve_engine
@@ -26,8 +27,8 @@ from group_sampling.experiments.jobs import Job, run_jobs
 from group_sampling.experiments.report import write_report
 from group_sampling.experiments.runs import Run
 from group_sampling.files import read_json, write_json
-from group_sampling.project import CONFIGS, ROOT, TRAIN_NET
 
+CONFIGS = project.CONFIGS / "quick"
 DETECTORS = {"FPN-finest": "demo_fpn_finest", "FPN-finest-sampling": "demo_fpn_finest_sampling"}
 DATASET = "synthetic_faces_val"
 MARKER = "demo.json"  # in a run's folder: its settings
@@ -35,7 +36,7 @@ MARKER = "demo.json"  # in a run's folder: its settings
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "output/demo")
+    parser.add_argument("--output", type=Path, default=project.ROOT / "output/demo")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="also write the AP of every seed, mean and spread to this file")
@@ -46,16 +47,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def job(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> Job:
-    command = [sys.executable, str(TRAIN_NET), "--engine", engine, "--resume"]
-    command += [
-        "--config-file",
-        str(CONFIGS / f"quick/{config}.yaml"),
-        "OUTPUT_DIR",
-        str(folder.resolve()),
-        "SEED",
-        str(seed),
-        *opts,
-    ]
+    command = [sys.executable, str(project.TRAIN_NET), "--engine", engine, "--resume"]
+    command += ["--config-file", str(CONFIGS / f"{config}.yaml"), "OUTPUT_DIR", str(folder.resolve())]
+    command += ["SEED", str(seed), *opts]
     return Job(title, command, folder)
 
 
@@ -126,7 +120,7 @@ def demo(args: argparse.Namespace) -> None:
                 print(f"{title}: complete in {run.folder} (--fresh repeats it)")
             else:
                 jobs.append(job(config, engine, run.folder, seed, args.opts, title))
-    for outcome in run_jobs(jobs, working_directory=ROOT):
+    for outcome in run_jobs(jobs, working_directory=project.ROOT):
         if outcome.error:
             raise UserError(outcome.error)
 

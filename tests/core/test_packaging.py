@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from group_sampling.__main__ import COMMANDS, main
+from group_sampling.config import ConfigError
+from group_sampling.engines.tv.config import load_config
+from group_sampling.project import CONFIGS, find_config
 
 USE = """
 import torch, group_sampling
@@ -109,6 +112,18 @@ def test_every_command_is_a_tool(repository, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         main(["nonsense"])
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+def test_configs_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "table5/grouped_fast_rcnn.yaml"
+    assert load_config(name, ["MODEL.DEVICE", "cpu"]).MODEL.GROUP_SAMPLING.ROI_SAMPLER == "group"
+    assert find_config(name) == str(CONFIGS / name) and find_config("") == "" and find_config("a.yaml") == "a.yaml"
+    (tmp_path / "table5").mkdir()
+    (tmp_path / name).write_text("{}")
+    assert find_config(name) == name  # what is here comes first
+    with pytest.raises(ConfigError, match="table5: no such file, here or among the project's configs"):
+        load_config("table5")
 
 
 @pytest.mark.slow

@@ -104,8 +104,9 @@ def export(model: GroupSamplingRCNN, kind: str, metadata: dict[str, str], *, wit
             return FORMATS[kind].write(detector, example, stride, metadata)
     except ImportError as error:
         raise UserError(f"{kind}: {error}; pip install 'group-sampling[export]' installs what it needs") from error
-    except RuntimeError as error:
-        raise UserError(f"{kind}: torch {torch.__version__} cannot export this detector: {error}") from error
+    except RuntimeError as error:  # of torch's exporters, who say it in the first of many lines
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{kind}: torch {torch.__version__} cannot export this detector: {reason}") from error
 
 
 def compare(model: GroupSamplingRCNN, content: bytes, kind: str, *, with_nms: bool = True) -> Agreement:

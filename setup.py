@@ -21,8 +21,11 @@ import subprocess
 import sys
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 PACKAGE_DIR = "projects/GroupSampling"
+# Around the package in the repository, and inside it where it is installed: group_sampling/project.py finds them.
+TOOLS, CONFIGS = "group_sampling.tools", "group_sampling.configs"
 ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0", "12.0")  # V100, T4, A100, H100, B200, RTX 50
 
 CPU_SOURCES = [
@@ -183,21 +186,33 @@ def extension():
     )
 
 
+class BuildPy(build_py):
+    """Takes along train_net.py, which is where Detectron2's projects have theirs."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [*modules, (TOOLS, "train_net", "train_net.py")] if package == TOOLS else modules
+
+
 def build_arguments():
     wanted = switch("GS_BUILD_EXT")
     if wanted is False:
         notice("GS_BUILD_EXT=0: installing pure Python, operators run on the torch reference")
-        return {}
+        return {"cmdclass": {"build_py": BuildPy}}
     missing = missing_for_extension()
     if missing:
         for name in ("GS_BUILD_EXT", "FORCE_CUDA"):
             if switch(name):
                 sys.exit(f"group-sampling: {name}=1, but the extension cannot be built: {missing}")
         notice(f"installing pure Python, operators run on the torch reference: {missing}")
-        return {}
+        return {"cmdclass": {"build_py": BuildPy}}
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"ext_modules": [extension()], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension()], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
 
 
-setup(package_dir={"": PACKAGE_DIR}, packages=find_packages(PACKAGE_DIR), **build_arguments())
+setup(
+    packages=[*find_packages(PACKAGE_DIR), TOOLS, CONFIGS],
+    package_dir={"": PACKAGE_DIR, TOOLS: f"{PACKAGE_DIR}/tools", CONFIGS: f"{PACKAGE_DIR}/configs"},
+    **build_arguments(),
+)

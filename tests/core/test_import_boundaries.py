@@ -15,7 +15,7 @@ PACKAGE = Path(group_sampling.__file__).parent
 
 # Lowest first. A module imports from its own layer or a lower one; docs/design.md says what each part is.
 LAYERS = (
-    {"version", "errors", "files", "timing", "distributed", "detections", "stop"},
+    {"version", "errors", "files", "timing", "distributed", "detections", "stop", "project"},
     {"boxes", "anchors", "scales", "ops", "config", "config_checks"},
     {"losses", "head", "samplers", "criterion", "roi_sampling", "inference", "monitor"},
     {"data"},
@@ -23,6 +23,7 @@ LAYERS = (
     {"engines"},
     {"detector"},
     {"experiments"},
+    {"__main__"},
 )
 
 

@@ -14,6 +14,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from .errors import UserError
+from .project import find_config
 
 
 class ConfigError(UserError, ValueError):
@@ -159,13 +160,15 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str], *, saved: 
     """Merge a YAML file (with its ``_BASE_``) and command-line overrides into ``cfg``.
 
     Args:
+        config_file: a path, or the name of one of the project's, see :func:`~group_sampling.project.find_config`.
         saved: YAML text of :func:`dump_config`, merged before both; "": none.
 
     Raises:
         ConfigError: no such file, an unknown key or a value of the wrong type, naming file and key.
     """
+    config_file = find_config(config_file)
     if config_file and not os.path.isfile(config_file):
-        raise ConfigError(f"--config-file {config_file}: no such file")
+        raise ConfigError(f"--config-file {config_file}: no such file, here or among the project's configs")
     if config_file:
         _check_bases(config_file, (config_file,))
     defaults = cfg.clone()

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from group_sampling import project
 from group_sampling.env import ENGINES, collect_env, resolve_engine
 from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.jobs import Job, run_jobs
@@ -25,8 +26,7 @@ from group_sampling.experiments.report import write_report
 from group_sampling.experiments.runs import Run
 from group_sampling.files import read_json, write_json
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-CONFIGS = REPOSITORY / "projects/GroupSampling/configs/quick"
+CONFIGS = project.CONFIGS / "quick"
 DETECTORS = {"FPN-finest": "demo_fpn_finest", "FPN-finest-sampling": "demo_fpn_finest_sampling"}
 DATASET = "synthetic_faces_val"
 MARKER = "demo.json"  # in a run's folder: its settings
@@ -34,7 +34,7 @@ MARKER = "demo.json"  # in a run's folder: its settings
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "output/demo")
+    parser.add_argument("--output", type=Path, default=project.ROOT / "output/demo")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="also write the AP of every seed, mean and spread to this file")
@@ -45,8 +45,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def job(config: str, engine: str, folder: Path, seed: int, opts: list[str], title: str) -> Job:
-    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--engine", engine, "--resume"]
-    command += ["--config-file", str(CONFIGS / f"{config}.yaml"), "OUTPUT_DIR", str(folder), "SEED", str(seed), *opts]
+    command = [sys.executable, str(project.TRAIN_NET), "--engine", engine, "--resume"]
+    command += ["--config-file", str(CONFIGS / f"{config}.yaml"), "OUTPUT_DIR", str(folder.resolve())]
+    command += ["SEED", str(seed), *opts]
     return Job(title, command, folder)
 
 
@@ -117,7 +118,7 @@ def demo(args: argparse.Namespace) -> None:
                 print(f"{title}: complete in {run.folder} (--fresh repeats it)")
             else:
                 jobs.append(job(config, engine, run.folder, seed, args.opts, title))
-    for outcome in run_jobs(jobs, working_directory=REPOSITORY):
+    for outcome in run_jobs(jobs, working_directory=project.ROOT):
         if outcome.error:
             raise UserError(outcome.error)
 

@@ -28,11 +28,7 @@ from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.reproduction import OVERRIDES, Reproduction
 from group_sampling.experiments.reproduction_report import same_samples, warn_of, write_report
 from group_sampling.experiments.rows import ABLATIONS
-
-PROJECT = Path(__file__).resolve().parents[1]
-REPOSITORY = PROJECT.parents[1]
-TRAIN_NET = REPOSITORY / "train_net.py"
-CONFIGS = PROJECT / "configs"
+from group_sampling.project import CONFIGS, ROOT, TRAIN_NET
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="seeds 0 ... K - 1 (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="trainings at a time (default: 1)")
     parser.add_argument("--num-gpus", type=int, help="of a training (default: 8 for wider, else 1 process)")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "output/reproduce")
+    parser.add_argument("--output", type=Path, default=ROOT / "output/reproduce")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--known", type=Path, metavar="REPORT", help="do not repeat the trainings of this report.json")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is complete")

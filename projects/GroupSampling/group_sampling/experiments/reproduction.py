@@ -16,6 +16,7 @@ from ..engines.tv.config import get_cfg, load_config
 from ..env import hardware
 from ..errors import UserError
 from ..files import read_json, write_json
+from ..project import ROOT
 from ..samplers import SAMPLERS
 from .balance import SampleBalance, sample_balance, total_variation
 from .jobs import Job, run_jobs
@@ -55,7 +56,7 @@ class Reproduction:
         num_seeds: seeds 0, 1, ... of every row.
         folder: what is written goes below ``folder / scale``.
         configs: folder of the configs.
-        train_net: the training script; its folder is where it runs.
+        train_net: the training script.
         engine: "detectron2" or "torchvision".
         opts: overrides KEY VALUE ... of every config.
         num_gpus: of a training; None: 8 for "wider", else one process.
@@ -238,7 +239,7 @@ class Reproduction:
         outcomes = run_jobs(
             [job for job, _ in jobs],
             side_by_side=self._side_by_side,
-            working_directory=self._train_net.parent,
+            working_directory=ROOT,
             environment=environment,
         )
         for outcome in outcomes:

@@ -335,6 +335,19 @@ def test_formats_are_listed(main, capsys):
     assert "--format: invalid choice: 'gif' (choose from" in capsys.readouterr().err
 
 
+def test_a_file_that_does_not_run_is_refused(weights, monkeypatch):
+    model, _ = weights(ONE_STAGE)
+    with pytest.raises(UserError, match="torchscript: the exported detector does not run: ."):
+        module.compare(model, b"no archive", "torchscript")
+
+    def fail(images, image_sizes):
+        raise RuntimeError("sizes do not fit\nat line 7")
+
+    monkeypatch.setitem(module.FORMATS, "torchscript", module.FORMATS["torchscript"]._replace(load=lambda _: fail))
+    with pytest.raises(UserError, match="torchscript: the exported detector does not run: sizes do not fit$"):
+        module.compare(model, b"", "torchscript")
+
+
 @pytest.mark.slow
 def test_the_example_of_the_documentation(main, weights, tmp_path, fewer_comparisons):
     """docs/export.md's program, in a process that has no torch, finds what the detector finds."""

@@ -58,7 +58,7 @@ class Agreement(NamedTuple):
             f"pixels ({self.share:.1e} of the image's longer side), scores within {self.score:.1e}"
         )
         if self.num_alone:
-            text += f"; {self.num_alone} have no partner, since NMS, a top-k or the threshold was a matter of last bits"
+            text += f"; {self.num_alone} have no partner: last bits can turn what NMS, a top-k or the threshold decides"
         if not self.num_detections:
             text += " (nothing was found in them: a lower MODEL.ROI_HEADS.SCORE_THRESH_TEST would show more)"
         return text
@@ -104,8 +104,8 @@ def export(model: GroupSamplingRCNN, kind: str, metadata: dict[str, str], *, wit
             return FORMATS[kind].write(detector, example, stride, metadata)
     except ImportError as error:
         raise UserError(f"{kind}: {error}; pip install 'group-sampling[export]' installs what it needs") from error
-    except RuntimeError as error:  # of torch's exporters, who say it in the first of many lines
-        reason = str(error).strip().splitlines()[0]
+    except RuntimeError as error:  # of torch's exporters
+        reason = _first_line(error)
         raise UserError(f"{kind}: torch {torch.__version__} cannot export this detector: {reason}") from error
 
 
@@ -117,8 +117,7 @@ def compare(model: GroupSamplingRCNN, content: bytes, kind: str, *, with_nms: bo
     Raises:
         UserError: more than :data:`MAX_ALONE` of the detections have no partner within :data:`TOLERANCE`.
     """
-    with _silent():
-        run = FORMATS[kind].load(content)
+    run = _load(content, kind)
     finish = ExportableDetector(model).select
     total = Agreement(0, 0, 0, 0.0, 0.0, 0.0)
     for height, width in CHECKED_SIZES:
@@ -137,9 +136,35 @@ def compare(model: GroupSamplingRCNN, content: bytes, kind: str, *, with_nms: bo
         raise UserError(
             f"{kind}: the exported detector is not the same: of its and the original's detections, "
             f"{total.num_alone} have no partner whose box agrees within {TOLERANCE} of the image's longer side and "
-            f"whose score within {TOLERANCE}; the original has {total.num_detections}. No file was written"
+            f"whose score within {TOLERANCE}; the original has {total.num_detections}"
         )
     return total
+
+
+def _load(content: bytes, kind: str) -> Run:
+    """The function that a file is, whose errors say so."""
+
+    def say(error: Exception) -> UserError:
+        return UserError(f"{kind}: the exported detector does not run: {_first_line(error)}")
+
+    try:
+        with _silent():
+            run = FORMATS[kind].load(content)
+    except Exception as error:  # whatever the runtime has for it
+        raise say(error) from error
+
+    def run_or_say(images: Tensor, image_sizes: Tensor) -> list[Tensor]:
+        try:
+            return run(images, image_sizes)
+        except Exception as error:
+            raise say(error) from error
+
+    return run_or_say
+
+
+def _first_line(error: Exception) -> str:
+    """What an exporter or a runtime says, of many lines the one that says it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def match(ours: Detections, theirs: Detections, side: float) -> Agreement:
@@ -201,7 +226,8 @@ def _dynamic_shapes(stride: int) -> dict[str, dict[int, Dim]]:
 
 
 def _write_onnx(detector: ExportableDetector, example: tuple[Tensor, Tensor], stride: int, metadata: dict) -> bytes:
-    from onnxscript import opset18 as op  # of the extra [export]
+    import onnxruntime  # noqa: F401 (compares the file: if it is missing, that is said first)
+    from onnxscript import opset18 as op
 
     def write_suppress(boxes, scores, iou_thresh: float):
         everything, lowest = op.Constant(value_ints=[2**31 - 1]), op.Constant(value_floats=[_LOWEST])
@@ -235,9 +261,8 @@ def _load_onnx(content: bytes) -> Run:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor, image_sizes: Tensor) -> list[Tensor]:
-        names = [value.name for value in session.get_inputs()]
-        values = dict(zip(ExportableDetector.input_names, (images.numpy(), image_sizes.numpy())))
-        return [torch.from_numpy(output) for output in session.run(None, {name: values[name] for name in names})]
+        outputs = session.run(None, {"images": images.numpy(), "image_sizes": image_sizes.numpy()})
+        return [torch.from_numpy(output) for output in outputs]
 
     return run
 

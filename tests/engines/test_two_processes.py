@@ -15,8 +15,9 @@ from tv_cases import CONFIGS, SMALL_OPTS, run_configs
 NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in run_configs()]
 FAST = ("fpn_finest_sampling",)
 ENGINES = ("torchvision", "detectron2")
-# One image to evaluate for two processes.
-OPTS = [*SMALL_OPTS, "DATASETS.SYNTHETIC.NUM_VAL", "1"]
+# One image to evaluate, and to compute a loss of, for two processes.
+OPTS = [*SMALL_OPTS, "DATASETS.SYNTHETIC.NUM_VAL", "1", "TEST.VALIDATION_LOSS", "True", "TEST.EVAL_PERIOD", "2"]
+OPTS += ["TEST.BEST_CHECKPOINTER.ENABLED", "True", "TEST.BEST_CHECKPOINTER.METRIC", "validation/total_loss"]
 
 
 def without_faces(to_example):
@@ -112,6 +113,10 @@ def test_a_process_without_faces(tmp_path, engine, names):
         assert json.loads((folder / "results.json").read_text())["counts"]["images"] == 1, name
         assert len(list((folder / "predictions").rglob("*.txt"))) == 1, name
         assert not (folder / "partial").exists(), name
+        rows = map(json.loads, (tmp_path / name / "metrics.json").read_text().splitlines())
+        losses = [row["validation/total_loss"] for row in rows if "validation/total_loss" in row]
+        best = torch.load(tmp_path / name / "model_best.pth", weights_only=True)["best"]["value"]
+        assert len(losses) == 2 and best == max(losses) > 0, name  # by the mode "max"
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from group_sampling.data.catalog import Catalog
 from group_sampling.data.loader import BadDataError
 from group_sampling.detections import Detections
 from group_sampling.engines.tv.config import load_config
+from group_sampling.evaluation.examples import read_examples
 from group_sampling.evaluation.run import Evaluation
+from group_sampling.experiments.runs import Run
 
 _opened = None
 
@@ -109,6 +111,43 @@ def test_annotations_are_read_once(tmp_path, monkeypatch, repository, opened, ma
     for file in files:
         content = (folder / file).read_bytes()
         assert json.loads(content)["protocol"] if file.endswith(".json") else content.startswith(b"\x89PNG")
+    # What the report reads: detections, and figures of every protocol.
+    run = Run("faces", tmp_path)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert run.datasets == [name] and run.figures(name) and run.best_score(name) == pytest.approx(0.9)
+    found = run.predictions(source)
+    assert {image_id: one.boxes.tolist() for image_id, one in found.items()} == BOXES
+    assert run.times(name)["images"] == 1  # the first of two has no beginning
+    assert not list((folder / "examples").glob("*"))  # there are no image files
+
+
+def test_pictures_and_times(tmp_path, repository, monkeypatch):
+    """Pictures of images with faces, spread over the set; the times of a clock that the test sets."""
+    config = str(repository / "projects/GroupSampling/configs/fpn_finest.yaml")
+    size = ["DATASETS.SYNTHETIC.NUM_VAL", "9", "DATASETS.SYNTHETIC.HEIGHT", "96", "DATASETS.SYNTHETIC.WIDTH", "128"]
+    test = ["DATASETS.TEST", "('synthetic_faces_val',)", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(config, [*size, *test, "LOGGING.EXAMPLES", "3"])
+    source = Catalog(cfg.DATASETS)["synthetic_faces_val"]
+
+    def evaluate(score):
+        clock = iter(np.cumsum([0, *[1, 0.5] * 3, 7, 0.5, *[1, 0.5] * 4]).tolist())  # an image, then its bookkeeping
+        evaluation = Evaluation(cfg, source, None, resume=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("time.perf_counter", lambda: next(clock))
+            for record in evaluation.share:
+                evaluation.add(record.image_id, Detections(record.boxes, np.full(len(record.boxes), score)))
+        evaluation.finish()
+        return read_examples(cfg)
+
+    found, nothing = evaluate(0.9), evaluate(0.1)
+    assert list(found) == list(nothing) == [f"examples/synthetic_faces_val/{number}" for number in (1, 2, 3)]
+    for name, picture in found.items():
+        assert picture.shape[1] == 128 and picture.shape[0] > 96 and (picture != nothing[name]).any()
+    times = Run("a", tmp_path).times("synthetic_faces_val")
+    ids = [record.image_id for record in source.records]
+    assert times["images"] == 8 and times["median"] == 1 and times["slowest"].keys() == {*ids[1:]}
+    assert max(times["slowest"].values()) == 7 and next(iter(times["slowest"])) == ids[4]
+    assert read_examples(load_config(config, [*test, "DATASETS.TEST", "('fddb',)"])) == {}
 
 
 def test_unreadable_images_above_the_share_stop_an_evaluation(tmp_path, repository):

@@ -115,6 +115,7 @@ class Evaluation:
             BadDataError: there are more than ``DATALOADER.MAX_BAD_SHARE`` of the images.
         """
         self._unreadable[file] = reason
+        self._last_end = time.perf_counter()
         allowed = self._cfg.DATALOADER.MAX_BAD_SHARE
         if too_many(len(self._unreadable), len(self._source.records), allowed):
             raise BadDataError(
@@ -132,7 +133,7 @@ class Evaluation:
             self._partial.write()
         unreadable = {file: reason for share in distributed.gather(self._unreadable) for file, reason in share.items()}
         gathered = distributed.gather(self._detections)
-        seconds = {image_id: time for share in distributed.gather(self._seconds) for image_id, time in share.items()}
+        seconds = {image_id: value for share in distributed.gather(self._seconds) for image_id, value in share.items()}
         if distributed.rank() != 0:
             return None
         found = {image_id: detections for share in gathered for image_id, detections in share.items()}

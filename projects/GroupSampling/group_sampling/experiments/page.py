@@ -15,7 +15,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 h2 { margin-top: 2em; } img { max-width: 100%; } figure { margin: 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ccc; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } .text td, .text th { text-align: left; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: break-word; }
+.text td, .text th { text-align: left; overflow-wrap: anywhere; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 1em; }
 .gallery img { width: 100%; max-width: 240px; } figcaption { font-size: 13px; line-height: 1.3; }
 @media (max-width: 600px) { body { margin: 1em auto; } th, td { padding: .3em; font-size: 14px; } }

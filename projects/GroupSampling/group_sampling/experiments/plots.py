@@ -139,8 +139,10 @@ def plot_training(runs: Sequence[Run], path: Path) -> None:
     names = list(dict.fromkeys(name for run in runs for name in run.scalars))
     losses = [name for name in names if name.startswith("loss_") or name == "total_loss"]
     panels = [([name, f"validation/{name}"], name) for name in losses] + [(["lr"], "learning rate")]
-    # Of one run every subset; of several, which have a line each, the first one of a protocol.
+    # Of one run every subset; of several, which have a line each, the first one of a protocol. A single evaluation is
+    # no curve.
     results = [name for name in names if "/AP" in name or "discrete@" in name]
+    results = [name for name in results if any(len(run.series(name)[0]) > 1 for run in runs)]
     if len(runs) > 1:
         results = [name for name in results if name.endswith(("/AP_all", "coco/AP", "discrete@1000"))]
     panels += [([name], name) for name in results] if len(runs) > 1 else [(results, "results of evaluations, %")]

@@ -246,7 +246,7 @@ def _detections(runs: Sequence[Run], dataset: str, folder: Path) -> Iterator[Sec
             rows = [(image, f"{seconds:.3f}") for image, seconds in list(times["slowest"].items())[:_NUM_SLOWEST]]
             text = f"Seconds from one image to the next, reading included; median {times['median']:.3f}."
             title = f"Slowest images of {dataset}{_of(run, runs)}"
-            yield Section(title, paragraph(text) + table(["image", "s"], rows))
+            yield Section(title, paragraph(text) + table(["image", "s"], rows, is_text=True))
 
 
 def _curves(
@@ -294,7 +294,8 @@ def _mistakes(
         body += gallery(
             (
                 relative(file, folder),
-                f"{mistake.record.image_id}: {mistake.size:.0f} px, score {mistake.score:.2f}",
+                f"{mistake.record.image_id}: {mistake.size:.0f} px, "
+                + (f"score {mistake.score:.2f}" if mistake.score else "nothing found"),
             )
             for file, mistake in drawn
         )

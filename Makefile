@@ -1,4 +1,4 @@
-# make demo | test | test-slow | sanitize | mutants | bench | lint | format | env
+# make demo | test | test-slow | sanitize | mutants | bench | lint | format | audit | env
 # Each sets up .venv first (once). DETECTRON2=<wheel, folder or URL> adds Detectron2 to it.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist work
 PYTEST_ARGS ?=
 CXX_FILES = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: env demo test test-slow sanitize mutants bench lint format clean
+.PHONY: env demo test test-slow sanitize mutants bench lint format audit clean
 
 $(VENV)/.dependencies: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
@@ -69,6 +69,11 @@ format: env
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+audit:  # known vulnerabilities of the locked versions; asks PyPI, so CI does not run it
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip -r requirements.lock -r requirements-detectron2.lock
 
 clean:
 	rm -rf $(VENV) build output

@@ -26,7 +26,7 @@ def make_cfg(folder):
 
 
 def make_args(**values):
-    defaults = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "folder": ""}
+    defaults = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "folder": "", "resume": False}
     return Namespace(**{**defaults, **values})
 
 

@@ -1,9 +1,12 @@
 """OUTPUT_DIR: one run at a time; what killed runs and other runs left there is cleaned, said or refused."""
 
+import io
 import json
 import multiprocessing
 import os
 import signal
+import threading
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from test_launch import make_args, make_cfg
 from tv_cases import arguments
 
 from group_sampling.config import ConfigError
+from group_sampling.engines import output
 from group_sampling.engines.launch import launch
-from group_sampling.engines.output import own_output
+from group_sampling.engines.output import check_shared, own_output
 from group_sampling.engines.tv import train as tv_train
 
 ENGINES = ["torchvision", "detectron2"]
@@ -48,6 +52,59 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
         process.join()
     assert launch(lambda *_: "ran", cfg, make_args(num_gpus=1)) == "ran"  # no lock outlives its process
     assert launch(lambda *_: "again", cfg, make_args(num_gpus=1)) == "again"
+
+
+def test_a_lock_that_outlives_its_process_is_waited_for(tmp_path):
+    """Workers of a loader, forks of the process that was killed, hold it until they notice."""
+    context = multiprocessing.get_context("fork")
+    release = context.Event()
+
+    def fork():
+        with own_output(str(tmp_path)):
+            if os.fork() == 0:
+                release.wait(60)
+            os._exit(0)
+
+    process = context.Process(target=fork)
+    process.start()
+    process.join(30)
+    threading.Timer(1.0, release.set).start()
+    with own_output(str(tmp_path)):
+        assert release.is_set()
+
+
+def _look(rank, folders, resume, queue):
+    torch.distributed.init_process_group("gloo", f"file://{folders[0]}/rendezvous", world_size=2, rank=rank)
+    output._VISIBLE_SECONDS = 0.2
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            check_shared(str(folders[rank]), resume=resume)
+        except ConfigError as error:
+            said.write(f"refused: {error}")
+    queue.put((rank, said.getvalue()))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared, resume", [(True, True), (False, True), (False, False)])
+def test_machines_with_folders_of_their_own(tmp_path, shared, resume):
+    """Two processes stand for two machines."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    folders = [tmp_path / "a", tmp_path / ("a" if shared else "b")]
+    folders[0].mkdir()
+    processes = [context.Process(target=_look, args=(rank, folders, resume, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    main, other = (said for _, said in sorted(queue.get(timeout=60) for _ in processes))
+    for process in processes:
+        process.join()
+    assert [path.name for path in folders[0].iterdir() if path.name != "rendezvous"] == []
+    if shared:
+        assert main == other == ""
+        return
+    assert f"OUTPUT_DIR: expected a folder that all machines share, {folders[0]} on " in main
+    assert f"got another one: {folders[1]} on " in main
+    assert other == (main if resume else "") and main.startswith("refused: ") == resume
 
 
 def test_what_a_killed_run_left_is_cleaned(tmp_path):

@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .. import stop
 from ..config import ConfigError
 from ..errors import UserError, describe, is_expected
-from .output import own_output, saying_what_is_safe
+from .output import check_shared, own_output, saying_what_is_safe
 
 # Called as work(cfg, args, device), where ``device`` is that of the process. A function of a module, since other
 # processes import it by name.
@@ -173,6 +173,7 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with stop.handler.installed(), saying_what_is_safe(cfg.OUTPUT_DIR):
+            check_shared(cfg.OUTPUT_DIR, resume=args.resume)
             result = work(cfg, args, device)
     except stop.Stopped as stopped:
         if dist.get_rank() == 0:

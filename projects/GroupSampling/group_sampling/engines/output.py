@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO, TypeGuard
 
+from .. import distributed
 from ..config import ConfigError
 from ..errors import UserError
 
@@ -28,6 +30,7 @@ else:
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OWNER = re.compile(r"process (\d{1,9}) on (.*)")
 _GONE_SECONDS = 20.0
+_VISIBLE_SECONDS = 5.0  # network file systems remember for a while that a file is not there
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # see files.atomic_file
 
 
@@ -102,6 +105,39 @@ def _clean(folder: Path) -> None:
     with metrics.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+def check_shared(folder: str, *, resume: bool) -> None:
+    """Find out whether all processes of a run see the same folder; they call it together.
+
+    Without that a run can train and evaluate. It cannot be continued: the main process alone has the checkpoints.
+
+    Raises:
+        ConfigError: in every process; they do not, and ``resume``. Else it is said.
+    """
+    if distributed.world_size() == 1:
+        return
+    # A name that the next run cleans up, should this one be killed now.
+    marker = Path(folder, f".machine-{distributed.broadcast(secrets.token_hex(8))}.0.tmp")
+    if distributed.rank() == 0:
+        marker.touch()
+    distributed.broadcast(None)  # the marker is there
+    limit = time.monotonic() + _VISIBLE_SECONDS
+    while not marker.exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    views = distributed.all_gather((socket.gethostname(), os.path.abspath(folder), marker.exists()))
+    if distributed.rank() == 0:
+        marker.unlink()
+    blind = sorted({f"{path} on {host}" for host, path, sees in views if not sees})
+    if not blind:
+        return
+    host, path, _ = views[0]
+    what = f"OUTPUT_DIR: expected a folder that all machines share, {path} on {host}, got another one: {blind[0]}"
+    if resume:
+        raise ConfigError(f"{what}; --resume needs the checkpoints and finished images in every process")
+    if distributed.rank() == 0:
+        consequence = f"Checkpoints and results will be on {host} alone, and --resume needs them everywhere"
+        print(f"{what}. {consequence}", file=sys.stderr, flush=True)
 
 
 @contextmanager

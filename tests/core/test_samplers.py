@@ -31,8 +31,8 @@ FACES = torch.tensor([[8.0, 8, 24, 24], [20, 20, 52, 52]])
 
 
 def make_cfg(sampler="group"):
-    rooms = {"INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "SOLVER": {"AMP": {}}, "TEST": {}}
-    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "SEED": 7, **rooms})
+    sections = {"INPUT": {}, "DATASETS": {}, "DATALOADER": {}, "TEST": {}, "SEED": 7}
+    cfg = CfgNode({"MODEL": {"BACKBONE": {}}, "SOLVER": {"AMP": {}}, **sections})
     add_group_sampling_config(cfg)
     cfg.MODEL.GROUP_SAMPLING.SAMPLER = sampler
     cfg.MODEL.GROUP_SAMPLING.SAMPLES_PER_GROUP = 24

@@ -109,20 +109,39 @@ def timed_stages(subject: Subject, device: str) -> Iterator[None]:
                 setattr(owner, name, original)
 
 
-def kept_mb(subject: Subject) -> float:
-    """What a step keeps for its backward pass, beside parameters and buffers."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*subject.model.parameters(), *subject.model.buffers())}
-    sizes: dict[int, int] = {}
+class _Kept:
+    """A tensor that a graph keeps; ``live`` counts, by storage, how many there are and their bytes."""
 
-    def pack(tensor: Tensor) -> Tensor:
+    def __init__(self, tensor: Tensor, live: dict[int, list[int]]):
+        self.tensor, self._live = tensor, live
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        self._key = storage.data_ptr()
+        live.setdefault(self._key, [0, storage.nbytes()])[0] += 1
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def __del__(self) -> None:
+        entry = self._live[self._key]
+        entry[0] -= 1
+        if entry[0] == 0:
+            del self._live[self._key]
+
+
+def kept_mb(subject: Subject) -> float:
+    """The most that a step keeps at a time for its backward pass, beside parameters and buffers."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*subject.model.parameters(), *subject.model.buffers())}
+    live: dict[int, list[int]] = {}
+    most = 0
+
+    def pack(tensor: Tensor) -> Tensor | _Kept:
+        nonlocal most
+        if tensor.untyped_storage().data_ptr() in known:
+            return tensor
+        kept = _Kept(tensor, live)
+        most = max(most, sum(size for _, size in live.values()))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept):
         subject.step()
-    return sum(sizes.values()) / 1e6
+    return most / 1e6
 
 
 def data_seconds(options: argparse.Namespace) -> float:

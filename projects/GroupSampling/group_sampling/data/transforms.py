@@ -96,8 +96,8 @@ class TrainTransform:
         12,880 image sizes of WIDER FACE's training set that is 0.86 instead of 1.45 megapixels on average.
         """
         height, width = image.shape[:2]
-        of_height, of_width = size or (height, width)
-        scaled_height, scaled_width = _scaled_size(of_height, of_width, geometry.scale)
+        full_height, full_width = size or (height, width)
+        scaled_height, scaled_width = _scaled_size(full_height, full_width, geometry.scale)
         x0, y0, x1, y1 = geometry.crop
         if (scaled_height, scaled_width) == (height, width):
             result = image[y0:y1, x0:x1]

@@ -236,6 +236,8 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Detectron2's; on a GPU fused, so that :class:`FiniteLossGuard` and gradient scalers need not wait.
 
+        On a CPU it takes the parameters one by one: the same bits without Detectron2's copies of all gradients.
+
         It does not clip: :class:`GradientClipper` does, since Detectron2's own way knows no "full_model" and would clip
         the scaled gradients of a fused optimizer.
         """
@@ -243,10 +245,8 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         optimizer = super().build_optimizer(cfg, model)
-        if next(model.parameters()).device.type == "cpu":
-            return optimizer
-        fused = {"foreach": False, "fused": True}
-        return type(optimizer)([{**group, **fused} for group in optimizer.param_groups], **optimizer.defaults | fused)
+        how = {"foreach": False, "fused": next(model.parameters()).device.type != "cpu"}
+        return type(optimizer)([{**group, **how} for group in optimizer.param_groups], **optimizer.defaults | how)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):

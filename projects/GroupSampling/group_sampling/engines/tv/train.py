@@ -99,7 +99,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
         momentum=cfg.SOLVER.MOMENTUM,
         nesterov=cfg.SOLVER.NESTEROV,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        foreach=not is_fused,
+        foreach=False,  # on a CPU it takes memory and time for copies of all gradients, for the same bits
         fused=is_fused,
     )
 

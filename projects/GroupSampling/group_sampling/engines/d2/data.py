@@ -3,7 +3,7 @@
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
 
 import numpy as np
 import torch
@@ -245,3 +245,17 @@ class GroupSamplingMapper:
             "file_name": record.file_name,
             "image_id": record.image_id,
         }
+
+
+class SingleImages:
+    """The images of a loader of batches of one."""
+
+    def __init__(self, loader: Sized):
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        for (image,) in self._loader:
+            yield image

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence
 
 import detectron2.modeling as modeling
 import detectron2.utils.comm as comm
@@ -51,7 +51,7 @@ from ..preflight import check_data, check_run, check_test_classes
 from ..speed import prepare_network
 from ..step import HealthLog, TrainingStep, is_due
 from ..tv.extractor import TORCHVISION_BACKBONE, check_torchvision_backbone
-from .data import GroupSamplingMapper, find_source, register_datasets, to_dataset_dict
+from .data import GroupSamplingMapper, SingleImages, find_source, register_datasets, to_dataset_dict
 from .evaluator import GroupSamplingEvaluator
 from .events import EvaluationWatch, WandbWriter
 from .tta import GroupSamplingTTA
@@ -299,25 +299,11 @@ class Trainer(DefaultTrainer):
             else:
                 loader = cls.build_test_loader(cfg, name)
             if cfg.TEST.IMS_PER_BATCH > 1:
-                loader = BatchesBySize(_Images(loader), cfg.TEST.IMS_PER_BATCH, lambda x: tuple(x["image"].shape))
+                loader = BatchesBySize(SingleImages(loader), cfg.TEST.IMS_PER_BATCH, lambda x: tuple(x["image"].shape))
             results[name] = inference_on_dataset(detector, loader, evaluator)
             if comm.is_main_process():
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results
-
-
-class _Images:
-    """The images of a loader of batches of one."""
-
-    def __init__(self, loader: Sized):
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict]:
-        for (image,) in self._loader:
-            yield image
 
 
 def _without_traceback(entry: logging.LogRecord) -> bool:

@@ -14,13 +14,6 @@ import torch
 import torch.distributed as dist
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from fvcore.common.config import CfgNode
-from fvcore.common.param_scheduler import (
-    CompositeParamScheduler,
-    ConstantParamScheduler,
-    LinearParamScheduler,
-    MultiStepParamScheduler,
-    ParamScheduler,
-)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -56,6 +49,7 @@ from .config import get_cfg, load_config
 from .events import MetricWriter, logging_to
 from .model import GroupSamplingRCNN, build_model, to_detections
 from .sampling import SamplingModule
+from .solver import build_lr_schedule, build_optimizer
 from .tta import GroupSamplingTTA
 
 logger = logging.getLogger(__name__)
@@ -81,45 +75,6 @@ def to_example(image: np.ndarray, boxes, classes, ignore_boxes, record: ImageRec
     arrays = {"boxes": boxes, "labels": classes, "ignore_boxes": ignore_boxes}
     target = {name: torch.as_tensor(array) for name, array in arrays.items()}
     return Example(torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1))), target, record)
-
-
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
-    """SGD with Detectron2's parameter groups: ``WEIGHT_DECAY_NORM`` for the norms, ``WEIGHT_DECAY`` for the rest.
-
-    On a GPU it is fused, so that :class:`~group_sampling.engines.step.FiniteLossGuard` need not wait for the losses.
-    """
-    norms, others = [], []
-    for module in model.modules():
-        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) else others
-        group += [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-    is_fused = next(model.parameters()).device.type != "cpu"
-    return torch.optim.SGD(
-        [{"params": others}, {"params": norms, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM}],
-        lr=cfg.SOLVER.BASE_LR,
-        momentum=cfg.SOLVER.MOMENTUM,
-        nesterov=cfg.SOLVER.NESTEROV,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        foreach=False,  # on a CPU it takes memory and time for copies of all gradients, for the same bits
-        fused=is_fused,
-    )
-
-
-def build_lr_schedule(cfg: CfgNode) -> ParamScheduler:
-    """Detectron2's ``WarmupMultiStepLR``: the factor of ``BASE_LR`` at iteration / ``MAX_ITER``."""
-    solver = cfg.SOLVER
-    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
-    schedule = MultiStepParamScheduler(
-        values=[solver.GAMMA**k for k in range(len(steps) + 1)], milestones=steps, num_updates=solver.MAX_ITER
-    )
-    length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
-    start = solver.WARMUP_FACTOR * schedule(0.0)
-    if solver.WARMUP_METHOD == "constant":
-        warmup = ConstantParamScheduler(start)
-    else:
-        warmup = LinearParamScheduler(start, schedule(length))
-    return CompositeParamScheduler(
-        [warmup, schedule], lengths=[length, 1 - length], interval_scaling=["rescaled", "fixed"]
-    )
 
 
 @stop.handler.deferred()

@@ -138,13 +138,6 @@ EXPERIMENTS = {
     ),
     # Not in the paper.
     "readings": Experiment("Ablation: readings of group sampling", tuple(_readings())),
-    "regression_mean": Experiment(
-        "Ablation: what the regression losses are divided by",
-        (
-            Row("the positives", "fpn_finest_sampling"),
-            Row("all that was drawn", "ablations/regression_mean_drawn"),
-        ),
-    ),
     "second_stage_loss": Experiment(
         "Ablation: regression loss of Grouped Fast R-CNN",
         (
@@ -154,4 +147,4 @@ EXPERIMENTS = {
         ),
     ),
 }
-ABLATIONS = ("readings", "regression_mean", "second_stage_loss")
+ABLATIONS = ("readings", "second_stage_loss")

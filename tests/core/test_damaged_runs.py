@@ -42,6 +42,13 @@ def test_results_have_numbers_by_name(tmp_path, ap):
     assert Run("a", tmp_path).results("mine")["ap"] == {"all": 0.5, "@16": None}
 
 
+@pytest.mark.parametrize("content", ["{}", "SEED: 1", "3", "SOLVER: {MAX_ITER: 2}", "a: [", "SOLVER: 3"])
+def test_a_config_that_is_of_no_run(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml: expected the config of a run, got"):
+        Run("a", tmp_path).config  # noqa: B018
+
+
 def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
     lines = [
         b"3",

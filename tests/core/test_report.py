@@ -309,7 +309,9 @@ def test_demo_does_not_report_a_run_of_other_settings(tmp_path, repository, caps
         for job in jobs:
             started.append(job.folder.name)
             write_json(job.folder / "inference/synthetic_faces_val/results.json", {"ap": {"all": 0.5, "@16": None}})
-            (job.folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 3, IMS_PER_BATCH: 1}\nDATASETS: {}\n")
+            (job.folder / "config.yaml").write_text(
+                "SEED: 0\nSOLVER: {MAX_ITER: 3, IMS_PER_BATCH: 1}\nDATASETS: {TRAIN: [], TEST: []}\n"
+            )
         return []
 
     def report(runs, output, **options):

@@ -64,7 +64,7 @@ def test_bench_loading(repository, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((240, 160)).save(tmp_path / "a.jpg")
     options = ("--images", 4, "--rounds", 1, "--workers", 0, 1, "--json", tmp_path / "report.json")
-    out = run(repository, "bench_loading.py", tmp_path, *options, "INPUT.CROP.SIZE", "[100, 100]")
+    out = run(repository, "bench_loading.py", tmp_path, *options, "--opts", "INPUT.CROP.SIZE", "[100, 100]")
     report = json.loads((tmp_path / "report.json").read_text())
     ways = ["resize, crop", "crop, resize", "REDUCE_JPEG"]
     found = [(entry["workers"], entry["way"]) for entry in report["images_per_second"]]

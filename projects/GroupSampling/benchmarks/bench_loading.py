@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """How many training images a second the loader makes of photographs.
 
-    python bench_loading.py FOLDER [--images 64] [--workers 0 1 2] [--rounds 3] [--json FILE] [KEY VALUE ...]
+    python bench_loading.py FOLDER [--images 64] [--workers 0 1 2] [--rounds 3] [--json FILE]
+                            [--opts KEY VALUE ...]
 
 Reads JPEG files below FOLDER and applies the scale jitter, crop and flip of configs/fpn_finest_sampling.yaml, or what
 the KEYs say, in three ways: resize, then crop (as most loaders do), crop before the resize (this project's), and the
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("output/bench/bench_loading.json"))
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of the config")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config; last")
     add_debug_flag(parser)
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ from ..engines.tv.config import load_config
 from ..env import collect_env, detectron2_problem
 from ..errors import UserError, describe
 from ..evaluation.run import PROTOCOLS
-from ..files import write_json
+from ..files import read_json, write_json
 from .claims import paper_values
 from .mistakes import draw_mistakes, find_mistakes
 from .page import Section, Strong, gallery, paragraph, picture, relative, table, write_page
@@ -68,8 +68,9 @@ def write_report(
     Raises:
         UserError, OSError: ``runs`` has no run, or its files are damaged.
     """
-    for file in (folder / "report").glob("*.*g"):  # pictures of an earlier report, of which this one may need fewer
-        file.unlink()
+    for kind in ("misses", "false_positives"):  # of an earlier report; this one may need fewer
+        for file in (folder / "report").glob(f"{kind}_*.jpg"):
+            file.unlink()
     sections = list(_sections(runs, folder, configs))
     sections.append(_environment(folder, environment))
     write_page(folder / "report.html", title, [*notes, *map(_summary, runs)], sections)
@@ -356,10 +357,10 @@ def _environment(folder: Path, environment: Sequence[tuple[str, str]] | None) ->
     """That of the run; a report that is written again does not change it."""
     file, text = folder / "report" / "environment.json", ""
     if environment is not None:
-        write_json(file, list(environment))
+        write_json(file, dict(environment))
         rows = list(environment)
     elif file.is_file():
-        rows = [(str(name), str(value)) for name, value in json.loads(file.read_text())]
+        rows = [(name, str(value)) for name, value in read_json(file).items()]
     else:
         rows, text = collect_env(), paragraph("Of the machine that wrote this report; the run does not say its own.")
     return Section("Environment", text + table(["", ""], rows, is_text=True))

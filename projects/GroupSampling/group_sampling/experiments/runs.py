@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from ..config import ConfigError, flatten_config
 from ..data.catalog import Catalog, Source
 from ..detections import Detections
 from ..engines.build import read_run_config
 from ..errors import UserError
 from ..evaluation.run import PROTOCOLS, TIMES_FILE
 from ..files import read_json
+
+_NEEDED_KEYS = {"SEED", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN", "DATASETS.TEST"}
 
 
 def parse_metrics(text: str) -> list[dict]:
@@ -50,7 +53,12 @@ class Run:
             ConfigError: the file holds something else.
             OSError: it is not there.
         """
-        return read_run_config(str(self.folder / "config.yaml"))
+        file = self.folder / "config.yaml"
+        config = read_run_config(str(file))
+        missing = sorted(_NEEDED_KEYS - dict(flatten_config(config)).keys())
+        if missing:
+            raise ConfigError(f"{file}: expected the config of a run, got one without {', '.join(missing)}")
+        return config
 
     @property
     def engine(self) -> str:

@@ -57,7 +57,7 @@ def start(engine, folder, processes, *, resume=False):
     return run
 
 
-def end(run, seconds=120):
+def end(run, seconds=600):
     """Wait for the processes of a run to end by themselves; returns their exit codes."""
     limit = time.monotonic() + seconds
     for process in run:
@@ -133,7 +133,7 @@ def test_killed_at_random_moments(tmp_path, engine, processes):
         assert not differences(contents(broken), expected), f"kill {kill}"
         left = [path for path in broken.rglob("*") if path.suffix == ".tmp" or path.name == "partial"]
         assert not left
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 120
         while children(broken):  # the workers of a loader
             assert time.monotonic() < limit, "a process is left over"
             time.sleep(0.1)

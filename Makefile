@@ -73,7 +73,7 @@ format: env
 audit:  # known vulnerabilities of the locked versions; asks PyPI, so CI does not run it
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
-	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip -r requirements.lock -r requirements-detectron2.lock
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock -r requirements-detectron2.lock
 
 clean:
 	rm -rf $(VENV) build output

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from contextlib import redirect_stderr
 
 import pytest
@@ -56,21 +57,27 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
 
 def test_a_lock_that_outlives_its_process_is_waited_for(tmp_path):
     """Workers of a loader, forks of the process that was killed, hold it until they notice."""
-    context = multiprocessing.get_context("fork")
-    release = context.Event()
+    released = tmp_path / "released"
 
-    def fork():
-        with own_output(str(tmp_path)):
-            if os.fork() == 0:
-                release.wait(60)
-            os._exit(0)
+    def hold():
+        limit = time.monotonic() + 60
+        while not released.exists() and time.monotonic() < limit:
+            time.sleep(0.05)
 
-    process = context.Process(target=fork)
-    process.start()
-    process.join(30)
-    threading.Timer(1.0, release.set).start()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with own_output(str(tmp_path)):
+                if os.fork() == 0:
+                    hold()
+                os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    timer = threading.Timer(1.0, released.touch)
+    timer.start()
     with own_output(str(tmp_path)):
-        assert release.is_set()
+        assert released.exists()
 
 
 def _look(rank, folders, resume, queue):

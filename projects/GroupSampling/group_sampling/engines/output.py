@@ -184,16 +184,14 @@ def _handle_thread_error(hook: Callable, error: threading.ExceptHookArgs) -> Non
 
 def _give_up_logs(folder: str) -> None:
     """Close the logs in a folder: else Python fails to write the rest of them at its exit, and says so last."""
-    logs = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
-    for stream in {getattr(handler, "stream", None) for log in logs for handler in log.handlers}:
-        name = str(getattr(stream, "name", ""))
-        if (
-            stream is not None
-            and os.path.isfile(name)
-            and os.path.samefile(os.path.dirname(os.path.abspath(name)), folder)
-        ):
-            with suppress(OSError):
-                stream.close()
+    for log in [logging.getLogger(name) for name in logging.root.manager.loggerDict]:
+        for handler in list(log.handlers):
+            stream = getattr(handler, "stream", None)
+            path = os.path.abspath(str(getattr(stream, "name", "")))
+            if stream is not None and os.path.isfile(path) and os.path.samefile(os.path.dirname(path), folder):
+                log.removeHandler(handler)
+                with suppress(OSError):
+                    stream.close()
 
 
 def _what_is_safe(folder: str) -> str:

@@ -142,7 +142,7 @@ def test_table_3_is_fpn_finest_sampling_with_another_loss():
 def test_runs_that_are_not_the_papers_say_that_they_test_at_one_scale():
     for name in ("quick/demo_fpn_finest", "quick/demo_fpn_finest_sampling"):
         cfg = load(name)
-        assert not cfg.TEST.PYRAMID.SCALES and cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE == "iou_l2"
+        assert not cfg.TEST.PYRAMID.SCALES and cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE == "smooth_l1"
     for file in ("Base-Demo", "tiny"):
         (line,) = [text for text in (CONFIGS / f"quick/{file}.yaml").read_text().splitlines() if "SCALES: []" in text]
         assert "unlike the paper" in line

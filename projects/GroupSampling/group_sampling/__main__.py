@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[Path, tuple[str, ...]]] = {
     "inspect": (TOOLS / "inspect_dataset.py", ()),
     "balance": (TOOLS / "balance_report.py", ()),
     "benchmark": (TOOLS / "benchmark_model.py", ()),
+    "report": (TOOLS / "report.py", ()),
     "show": (TOOLS / "show_detections.py", ()),
     "evaluate-wider": (TOOLS / "evaluate_wider.py", ()),
     "evaluate-fddb": (TOOLS / "evaluate_fddb.py", ()),

@@ -16,7 +16,10 @@ from group_sampling.config import ConfigError
 from group_sampling.engines.tv.config import load_config
 from group_sampling.project import CONFIGS, find_config
 
+# An editable install of this repository finds modules that the installed package under test lacks.
 USE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
 import torch, group_sampling
 from group_sampling.experiments.claims import paper_values
 from group_sampling.ops import extension_status, match_anchors

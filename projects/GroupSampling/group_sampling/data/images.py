@@ -44,6 +44,16 @@ def read_image(record: ImageRecord) -> np.ndarray:
     return read_reduced(record, 1.0)[0]
 
 
+def read_picture(file_name: str) -> np.ndarray:
+    """The pixels of an image file that belongs to no data set, (H, W, 3) uint8 RGB.
+
+    Raises:
+        UnreadableImageError: see :func:`read_image`.
+    """
+    with _opened(file_name) as image:
+        return to_rgb(image)
+
+
 def read_reduced(record: ImageRecord, scale: float) -> tuple[np.ndarray, tuple[int, int]]:
     """As :func:`read_image`, for who will resize the image by ``scale``: a JPEG is decoded at 1/2, 1/4 or 1/8 of its
     size where ``scale`` is not larger, for a fraction of the work.

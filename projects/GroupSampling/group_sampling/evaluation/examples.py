@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..config import anchor_scales
 from ..data.catalog import Source
-from ..data.images import read_image
+from ..data.images import read_image, read_picture
 from ..data.records import UnreadableImageError
 from ..detections import Detections
 from ..faces import Faces
@@ -66,8 +66,7 @@ def read_examples(cfg: CfgNode) -> dict[str, np.ndarray]:
     pictures = {}
     for name in cfg.DATASETS.TEST:
         for file in sorted(_folder(cfg, name).glob("*.jpg"), key=lambda file: int(file.stem)):
-            with Image.open(file) as image:
-                pictures[f"examples/{name}/{file.stem}"] = np.asarray(image)
+            pictures[f"examples/{name}/{file.stem}"] = read_picture(str(file))
     return pictures
 
 

@@ -277,6 +277,6 @@ def scale_opts(configs: Path, config: str, scale: str) -> list[str]:
     is_mining = SAMPLERS[cfg.MODEL.GROUP_SAMPLING.SAMPLER].needs_logits
     for keys, divisor in zip((_ANCHOR_COUNTS, _ROI_COUNTS), COUNT_DIVISORS[scale]):
         for key in keys:
-            if not (is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"):
-                opts += [key, str(max(1, get_value(cfg, key) // divisor))]
+            is_hardest = is_mining and key == "MODEL.RPN.BATCH_SIZE_PER_IMAGE"
+            opts += [key, str(max(1, get_value(cfg, key) // (1 if is_hardest else divisor)))]
     return opts

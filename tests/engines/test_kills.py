@@ -21,6 +21,8 @@ from test_output import ENGINES, engine_main
 from test_stop import ROOT
 from tv_cases import arguments, write_tiny_config
 
+from group_sampling.evaluation.run import TIMES_FILE
+
 KILLS = int(os.environ.get("GS_KILLS", "6"))
 MODULES = {"torchvision": "group_sampling.engines.tv.train", "detectron2": "group_sampling.engines.d2.train"}
 CASES = [(engine, processes) for engine in ENGINES for processes in (1, 2)]
@@ -69,13 +71,15 @@ def end(run, seconds=600):
 
 
 def contents(folder):
-    """What a run leaves, without times of the day: name -> bytes, of checkpoints the tensors."""
+    """What a run leaves, without times: name -> bytes, of checkpoints the tensors."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".pth":
             found[name] = torch.load(path, weights_only=True)["model"]
-        elif path.is_file() and (name.startswith("inference/") or name == "last_checkpoint"):
+        elif (
+            path.is_file() and path.name != TIMES_FILE and (name.startswith("inference/") or name == "last_checkpoint")
+        ):
             found[name] = path.read_bytes()
     return found
 

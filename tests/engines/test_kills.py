@@ -23,7 +23,7 @@ from tv_cases import arguments, write_tiny_config
 
 from group_sampling.evaluation.run import TIMES_FILE
 
-KILLS = int(os.environ.get("GS_KILLS", "6"))
+KILLS = int(os.environ.get("GS_KILLS", "2"))
 MODULES = {"torchvision": "group_sampling.engines.tv.train", "detectron2": "group_sampling.engines.d2.train"}
 CASES = [(engine, processes) for engine in ENGINES for processes in (1, 2)]
 # Two data sets to evaluate: a kill may hit between them.

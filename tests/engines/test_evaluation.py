@@ -236,7 +236,7 @@ def test_killed_and_resumed(tmp_path, engine):
     assert not parts.exists()
     subprocess.run(**evaluation_command(engine, whole, tmp_path / "model.pth"), check=True, capture_output=True)
     found, expected = outputs(broken / "inference"), outputs(whole / "inference")
-    assert len(expected) == 2 + 5 * 300 and found == expected
+    assert len(expected) == 2 + 4 + 5 * 300 and found == expected  # results and curves, pictures, detections
 
 
 def write_coco_set(folder, num_images=6):

@@ -12,8 +12,8 @@ from tv_cases import arguments
 
 from group_sampling.engines.step import FiniteLossGuard
 
-STEPS = int(os.environ.get("GS_STEPS", "1000"))
-WARM_UP = 500  # allocators and caches of kernels have seen the sizes by then
+STEPS = int(os.environ.get("GS_STEPS", "700"))
+WARM_UP = 300  # allocators and caches of kernels have seen the sizes by then
 BOUND = 24 << 20  # bytes; of 2,000 steps less than 17 kB a step
 
 

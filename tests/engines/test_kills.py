@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_output import ENGINES, engine_main
+from test_output import engine_main
 from test_stop import ROOT
 from tv_cases import arguments, write_tiny_config
 

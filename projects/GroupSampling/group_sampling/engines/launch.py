@@ -57,7 +57,7 @@ def launch(work: Work, cfg: CfgNode, args: argparse.Namespace, finish: Finish | 
     """
     is_first = int(os.environ.get("RANK", args.machine_rank)) == 0
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if restarts > 0 and not args.resume:
+    if restarts > 0 and not getattr(args, "resume", False):
         args.resume = True
         if is_first:
             print(f"torchrun has started the processes again ({restarts}): --resume", flush=True)
@@ -173,7 +173,7 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with stop.handler.installed(), saying_what_is_safe(cfg.OUTPUT_DIR):
-            check_shared(cfg.OUTPUT_DIR, resume=args.resume)
+            check_shared(cfg.OUTPUT_DIR, resume=getattr(args, "resume", False))  # a foreign loop may not have it
             result = work(cfg, args, device)
     except stop.Stopped as stopped:
         if dist.get_rank() == 0:

@@ -19,8 +19,7 @@ from group_sampling.env import ENGINES, collect_env, resolve_engine
 from group_sampling.errors import add_debug_flag, describe, exit_on_error, is_expected
 from group_sampling.experiments.report import write_report
 from group_sampling.experiments.runs import Run
-
-CONFIGS = Path(__file__).resolve().parent / "projects/GroupSampling/configs"
+from group_sampling.project import CONFIGS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

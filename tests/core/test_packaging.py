@@ -83,6 +83,7 @@ def no_compiler(tmp_path):
     return {"CXX": "no-such-compiler", "PATH": str(tmp_path)}
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reference_runs(sources, no_compiler, tmp_path):
     printed, site = install(sources, **no_compiler)
     assert "installing pure Python" in printed
@@ -163,6 +164,7 @@ def test_the_wheel_trains_and_exports_outside_the_repository(repository, sdist, 
     small += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "INPUT.CROP.SIZE", "[96, 96]"]
     config = "quick/demo_fpn_finest_sampling.yaml"
     run(command, "train", "--engine", "torchvision", "--config-file", config, "OUTPUT_DIR", "run", *small, cwd=work)
+    assert "Not compared" not in (work / "run/report.html").read_text(), "the wheel's configs were not found"
     weights = work / "run/model_final.pth"
     content = torch.load(weights, weights_only=True)
     assert content["iteration"] == 1 and "DETECTIONS_PER_IMAGE" in content["config"]

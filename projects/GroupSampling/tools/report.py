@@ -15,8 +15,7 @@ from pathlib import Path
 from group_sampling.errors import UserError, add_debug_flag, exit_on_error
 from group_sampling.experiments.report import write_report
 from group_sampling.experiments.runs import Run
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+from group_sampling.project import CONFIGS
 
 
 def write(folders: Sequence[Path], output: Path | None) -> Path:

@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from fvcore.common.config import CfgNode
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from group_sampling import distributed
-from group_sampling.engines.launch import _explain, launch
+from group_sampling.engines.launch import _agree_on_prefix, _explain, launch
 from group_sampling.errors import UserError
 
 
@@ -201,3 +203,27 @@ def test_the_process_at_fault_is_heard(tmp_path, reports, exit_code, expected):
     named = ProcessFailure(0, 7, exit_code, str(files[0]) if reports[0] else "")
     found = _explain(ChildFailedError("work", {0: named}), str(tmp_path))
     assert type(found) is type(expected) and str(found).startswith(str(expected))
+
+
+def test_a_group_does_not_find_the_keys_of_the_last_one():
+    """torchrun keeps one store: processes that come early must not take what a lost group has written."""
+    store, draw = torch.distributed.HashStore(), random.Random(0)
+
+    def join(world_size, come):
+        def one(rank):
+            time.sleep(draw.uniform(0, 0.05))
+            return _agree_on_prefix(store, rank, world_size, seconds=10 if len(come) == world_size else 0.2)
+
+        with ThreadPoolExecutor(world_size) as threads:
+            return [threads.submit(one, rank) for rank in come]
+
+    prefixes = []
+    for world_size, lost in [(3, None), (3, 0), (3, None), (3, 2), (3, None), (2, None), (4, None), (1, None)]:
+        come = [rank for rank in range(world_size) if rank != lost]
+        joined = join(world_size, come)
+        if lost is None:
+            (prefix,) = {future.result() for future in joined}
+            prefixes.append(prefix)
+        else:
+            assert any("expected all 3 processes to come" in str(future.exception()) for future in joined)
+    assert len(set(prefixes)) == len(prefixes)

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from fvcore.common.config import CfgNode
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
 
 from .. import stop
 from ..config import ConfigError
@@ -162,6 +164,44 @@ def _explain(error: ChildFailedError, folder: str) -> UserError | RuntimeError:
     return RuntimeError(f"rank {rank}: {text}")
 
 
+def _agree_on_prefix(store: dist.Store, rank: int, world_size: int, seconds: float = 1800) -> str:
+    """A prefix for the keys of this group of processes, which no group before it has used.
+
+    torchrun keeps one store for all its restarts. Without a prefix, a process may read where one of the last attempt
+    listened, and is refused (https://github.com/pytorch/pytorch/issues/167288). The number of the restart would not do:
+    machines count their own.
+
+    Args:
+        store: of the rendezvous; may hold what earlier groups wrote.
+        rank: of this process.
+        world_size: number of processes.
+        seconds: after which the others are given up.
+
+    Raises:
+        UserError: some process did not come in time.
+    """
+    limit = time.monotonic() + seconds
+    mine = uuid.uuid4().hex  # tells this process from those that had its rank before
+    welcome: list[str] = []  # the ids of all processes, as rank 0 knows them; its own is the prefix
+    store.set(f"joining/{rank}", mine)
+    keys = [f"joining/{other}" for other in range(world_size)]
+    while time.monotonic() < limit:
+        if rank == 0 and store.check(keys):
+            known = [store.get(key).decode() for key in keys]
+            if known != welcome:
+                welcome = known
+                store.set("welcome", json.dumps(welcome))
+            if store.check([f"{mine}/joined/{other}" for other in range(1, world_size)]):
+                return mine
+        elif rank > 0 and store.check(["welcome"]):
+            welcome = json.loads(store.get("welcome"))
+            if len(welcome) > rank and welcome[rank] == mine:
+                store.set(f"{welcome[0]}/joined/{rank}", "")
+                return welcome[0]
+        time.sleep(0.02)
+    raise UserError(f"rank {rank}: expected all {world_size} processes to come, waited {seconds:.0f} s for them")
+
+
 @record
 def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     """What each process of several does."""
@@ -169,8 +209,11 @@ def _work_in_group(work: Work, cfg: CfgNode, args: argparse.Namespace) -> Any:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    store, rank, world_size = next(rendezvous("env://"))
+    store = dist.PrefixStore(_agree_on_prefix(store, rank, world_size), store)
     # gloo exchanges the Python objects, also where NCCL exchanges the gradients.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         with stop.handler.installed(), saying_what_is_safe(cfg.OUTPUT_DIR):
             check_shared(cfg.OUTPUT_DIR, resume=getattr(args, "resume", False))  # a foreign loop may not have it

@@ -20,7 +20,7 @@ $(VENV)/.dependencies: requirements.lock
 	@touch $@
 
 $(VENV)/.extension: $(VENV)/.dependencies $(SOURCES)
-	@echo "Building the extension (minutes where a CUDA toolkit is found)"
+	@echo "Building the extension (minutes where a GPU and a CUDA toolkit are found)"
 	$(PY) -m pip install --no-build-isolation --no-deps --verbose --editable . > $(VENV)/build.log 2>&1 \
 		|| { tail -n 40 $(VENV)/build.log; exit 1; }
 	@grep -hE "^ *group-sampling: (building|installing)" $(VENV)/build.log | sort -u

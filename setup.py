@@ -4,8 +4,8 @@ Environment switches (what was chosen is printed; `pip install -v` shows it):
 
 GS_BUILD_EXT         unset: build where torch and a C++ compiler are found, else install pure Python with a notice;
                      1: not being able to build is an error; 0: pure Python.
-FORCE_CUDA           unset: CUDA kernels where a CUDA toolkit is found and torch is a CUDA build; 1: not being able to
-                     build them is an error, no GPU needs to be visible; 0: CPU only.
+FORCE_CUDA           unset: CUDA kernels where torch sees a GPU and a CUDA toolkit is found; 1: always, and not being
+                     able to build them is an error; 0: CPU only.
 TORCH_CUDA_ARCH_LIST GPU architectures; by default V100, T4, A100, H100, B200 and RTX 50 (those that the toolkit knows),
                      and PTX for later ones.
 DEBUG=1              no optimisation, debug symbols.
@@ -130,11 +130,14 @@ def with_cuda():
     missing = missing_for_cuda(toolkit)
     if missing and wanted:
         sys.exit(f"group-sampling: FORCE_CUDA=1, but CUDA kernels cannot be built: {missing}")
+    import torch
+    from torch.utils import cpp_extension
+
+    if not missing and not wanted and not torch.cuda.is_available():
+        missing = "torch sees no GPU (FORCE_CUDA=1 builds them all the same, in minutes)"
     if missing:
         notice(f"building without CUDA kernels: {missing}")
         return False
-    from torch.utils import cpp_extension
-
     cpp_extension.CUDA_HOME = toolkit  # torch guesses it from the place of nvcc alone
     return True
 

@@ -70,6 +70,16 @@ def test_cpu_build_by_choice_or_for_want_of_a_toolkit(setup_arguments, capsys):
     assert "building without CUDA kernels" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("has_gpu, force, expected", [(True, "", True), (False, "", False), (False, "1", True)])
+def test_cuda_kernels_are_built_for_a_gpu_that_is_there(setup_arguments, monkeypatch, capsys, has_gpu, force, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    (extension,) = setup_arguments(FORCE_CUDA=force)["ext_modules"]
+    assert any(source.endswith(".cu") for source in extension.sources) == expected
+    assert ("torch sees no GPU (FORCE_CUDA=1 builds them all the same" in capsys.readouterr().err) != expected
+
+
 def test_every_source_is_listed(setup_arguments, repository):
     """A new file under csrc/ that nobody builds is a mistake."""
     script = setup_arguments(GS_BUILD_EXT="0")["script"]

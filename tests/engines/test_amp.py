@@ -1,5 +1,6 @@
-"""SOLVER.AMP on both engines: losses near those of float32, what stays float32, refusals, no waits, exact resume."""
+"""SOLVER.AMP and TEST.PRECISION on both engines: near float32, what stays float32, refusals, no waits, exact resume."""
 
+import numpy as np
 import pytest
 import torch
 from test_tv_train import assert_equal
@@ -12,6 +13,7 @@ from group_sampling.engines.build import build_training_loader, load_records, tr
 from group_sampling.engines.step import TrainingStep
 from group_sampling.engines.tv.config import load_config
 from group_sampling.engines.tv.model import build_model
+from group_sampling.evaluation.run import Evaluation
 
 BF16 = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]
 FP16 = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float16"]
@@ -77,7 +79,7 @@ def test_float16_on_a_cpu_is_refused_for_a_training_only(engine, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_resumed_is_uninterrupted_bit_for_bit(engine, precision, tmp_path, monkeypatch):
     """With float16 the state of the scaler as well; on the CPU, which is slow at it, autocast takes bfloat16."""
     train = train_module(engine)
@@ -107,3 +109,38 @@ def test_resumed_is_uninterrupted_bit_for_bit(engine, precision, tmp_path, monke
         assert scalers[0]["grad_scaler"]["scale"] != 2.0**16
     else:
         assert all("grad_scaler" not in x for x in scalers)
+
+
+@pytest.mark.parametrize("name", ["fpn_finest_sampling", "table5/grouped_fast_rcnn"])
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_an_evaluation_in_16_bits(engine, name, tmp_path, monkeypatch):
+    """The features have 16 bits, scores and boxes 32, and the scores are those of float32 within 2 %."""
+    train, found, types, evaluated = train_module(engine), [], set(), {}
+    monkeypatch.setattr(Evaluation, "add", lambda self, image, detections: found.append(detections))
+    monkeypatch.setattr(Evaluation, "finish", lambda self: {})
+    for precision in ("float32", "bfloat16"):
+        args = arguments(tmp_path, *SMALL_OPTS, "TEST.PRECISION", precision)
+        args.config_file = str(CONFIGS / f"{name}.yaml")
+        cfg = d2_setup(args) if engine == "detectron2" else train.load_config(args.config_file, args.opts)
+        torch.manual_seed(0)
+        model = (train.Trainer.build_model(cfg) if engine == "detectron2" else train.build_model(cfg)).eval()
+        model.backbone.register_forward_hook(lambda *call: types.update(f.dtype for f in call[2].values()))
+        if engine == "detectron2":
+            train.Trainer.test(cfg, model)
+        else:
+            train.evaluate(cfg, model, torch.device("cpu"))
+        assert {detections.boxes.dtype for detections in found} | {detections.scores.dtype for detections in found} == {
+            np.dtype(np.float32)
+        }
+        evaluated[precision] = [detections.scores.max() for detections in found], set(types)
+        types.clear(), found.clear()
+    assert evaluated["float32"][1] == {torch.float32} and evaluated["bfloat16"][1] == {torch.bfloat16}
+    assert evaluated["float32"][0] != evaluated["bfloat16"][0]
+    np.testing.assert_allclose(evaluated["bfloat16"][0], evaluated["float32"][0], rtol=0.02)
+
+
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_an_evaluation_that_the_device_cannot_do(engine, tmp_path):
+    args = arguments(tmp_path, "TEST.PRECISION", "float16")
+    with pytest.raises(ConfigError, match=r"^TEST\.PRECISION: expected 'bfloat16' .*, got 'float16'"):
+        train_module(engine).main(args)

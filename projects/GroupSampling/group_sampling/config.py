@@ -120,6 +120,10 @@ def add_group_sampling_config(cfg: CfgNode) -> None:
     # Images of one size that an evaluation looks at together; with a pyramid, its tiles are looked at one by one.
     cfg.TEST.IMS_PER_BATCH = 1
 
+    # What the network computes in while it is evaluated: "float32", "float16" (GPUs) or "bfloat16". Weights, scores and
+    # boxes stay float32.
+    cfg.TEST.PRECISION = "float32"
+
     # A detector returns, beside its detections, those of each sub-detector: of the anchors of one scale alone, with
     # their own top-k, NMS, merge of the pyramid and limit (Sec. 6.1). An evaluation then has AP@16, AP@32, ...
     cfg.TEST.SUB_DETECTORS = False

@@ -92,6 +92,7 @@ def check_common_values(cfg: CfgNode) -> None:
             "Append `MODEL.DEVICE cpu` to the command to run on the CPU."
         )
     check_values(cfg, {"SOLVER.AMP.PRECISION": ("float16", "bfloat16")}, "what the network is trained in")
+    check_values(cfg, {"TEST.PRECISION": ("float32", "float16", "bfloat16")}, "what the network is evaluated in")
     if cfg.MODEL.BACKBONE.COMPILE and cfg.MODEL.BACKBONE.RECOMPUTE:
         raise ConfigError(
             "MODEL.BACKBONE.COMPILE and RECOMPUTE: expected one of them, got both; what is compiled is recomputed as "

@@ -31,7 +31,7 @@ from torch.utils.benchmark import Timer
 
 from group_sampling.checkpoint import saved_config
 from group_sampling.detector import ENGINE_MODULES
-from group_sampling.engines.build import SINGLE_STAGE_HEADS
+from group_sampling.engines.build import SINGLE_STAGE_HEADS, evaluation_autocast
 from group_sampling.env import ENGINES, collect_env, hardware, resolve_engine
 from group_sampling.errors import add_debug_flag, exit_on_error
 from group_sampling.faces import as_image
@@ -233,7 +233,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for size in args.sizes:
         print(f"{size[0]} x {size[1]} ...", file=sys.stderr, flush=True)
         images = make_images(args.image, size, args.batch_size).to(cfg.MODEL.DEVICE)
-        records.append(benchmark.measure(images, args.seconds))
+        with evaluation_autocast(cfg):
+            records.append(benchmark.measure(images, args.seconds))
     return {
         "engine": engine,
         "device": cfg.MODEL.DEVICE,

@@ -4,6 +4,7 @@ import argparse
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import distributed
 from ..anchors import AnchorGrid
 from ..checkpoint import Description, saved_config
-from ..config import ConfigError, check_values, dump_config
+from ..config import ConfigError, check_values, dump_config, get_value
 from ..config_checks import check_common_values
 from ..criterion import BOX_LOSS_MEANS, AnchorCriterion
 from ..data.catalog import Catalog, Source
@@ -60,16 +61,29 @@ def training_precision(cfg: CfgNode) -> torch.dtype | None:
     Raises:
         ConfigError: ``MODEL.DEVICE`` cannot do that.
     """
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
-    name, device = cfg.SOLVER.AMP.PRECISION, torch.device(cfg.MODEL.DEVICE)
+    return _precision(cfg, "SOLVER.AMP.PRECISION") if cfg.SOLVER.AMP.ENABLED else None
+
+
+def evaluation_autocast(cfg: CfgNode) -> AbstractContextManager:
+    """In it a network computes in ``TEST.PRECISION``.
+
+    Raises:
+        ConfigError: ``MODEL.DEVICE`` cannot do that.
+    """
+    precision = _precision(cfg, "TEST.PRECISION")
+    device_type = torch.device(cfg.MODEL.DEVICE).type
+    return nullcontext() if precision == torch.float32 else torch.autocast(device_type, precision)
+
+
+def _precision(cfg: CfgNode, key: str) -> torch.dtype:
+    name, device = get_value(cfg, key), torch.device(cfg.MODEL.DEVICE)
     if name == "float16" and device.type == "cpu":
         raise ConfigError(
-            f"SOLVER.AMP.PRECISION: expected 'bfloat16' with MODEL.DEVICE {cfg.MODEL.DEVICE}, got 'float16', which "
-            "would be slower than float32 there"
+            f"{key}: expected 'bfloat16' with MODEL.DEVICE {cfg.MODEL.DEVICE}, got 'float16', which would be slower "
+            "than float32 there"
         )
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"SOLVER.AMP.PRECISION: expected 'float16' on {torch.cuda.get_device_name()}, got 'bfloat16'")
+        raise ConfigError(f"{key}: expected 'float16' on {torch.cuda.get_device_name()}, got 'bfloat16'")
     return getattr(torch, name)
 
 

@@ -14,7 +14,7 @@ from ..data.check import HeaderCache, ImageCheck, check_images
 from ..data.loader import BadDataError, list_files, too_many
 from ..errors import UserError, describe, is_expected
 from ..evaluation.run import check_ground_truth
-from .build import SINGLE_STAGE_HEADS, training_precision
+from .build import SINGLE_STAGE_HEADS, evaluation_autocast, training_precision
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace, find_source: FindSource) -
 
     Raises:
         ConfigError: an unknown data set, an invalid declaration, no weights to evaluate, or what
-            :func:`~group_sampling.engines.build.training_precision` refuses.
+            :func:`~group_sampling.engines.build.training_precision` or ``evaluation_autocast`` refuse.
         MissingDatasetError: files are missing.
     """
     for key in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
@@ -40,6 +40,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace, find_source: FindSource) -
                 find_source(name).require()
             except ValueError as error:
                 raise ConfigError(f"DATASETS.{key}: {error}") from error
+    evaluation_autocast(cfg)
     if not args.eval_only:
         training_precision(cfg)
         return

@@ -44,6 +44,7 @@ class GroupedFastRCNNOutputLayers(FastRCNNOutputLayers):
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[Tensor]]:
         """As in ``FastRCNNOutputLayers``; a detection has the ``anchor_scales`` of its proposal, if that has one."""
+        predictions = tuple(part.float() for part in predictions)  # under autocast they have 16 bits
         boxes = self.predict_boxes(predictions, proposals)
         scores = self.predict_probs(predictions, proposals)
         detections, kept = fast_rcnn_inference(

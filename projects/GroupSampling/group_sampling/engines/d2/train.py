@@ -43,6 +43,7 @@ from ..build import (
     check_start,
     config_to_evaluate,
     describe_training,
+    evaluation_autocast,
     resolve_seed,
 )
 from ..launch import Finish, launch
@@ -300,7 +301,8 @@ class Trainer(DefaultTrainer):
                 loader = cls.build_test_loader(cfg, name)
             if cfg.TEST.IMS_PER_BATCH > 1:
                 loader = BatchesBySize(SingleImages(loader), cfg.TEST.IMS_PER_BATCH, lambda x: tuple(x["image"].shape))
-            results[name] = inference_on_dataset(detector, loader, evaluator)
+            with evaluation_autocast(cfg):
+                results[name] = inference_on_dataset(detector, loader, evaluator)
             if comm.is_main_process():
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results

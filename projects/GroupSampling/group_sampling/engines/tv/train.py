@@ -37,6 +37,7 @@ from ..build import (
     check_start,
     config_to_evaluate,
     describe_training,
+    evaluation_autocast,
     load_records,
     resolve_seed,
 )
@@ -277,7 +278,8 @@ def _detect(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, name: 
         if isinstance(batch[0], SkippedImage):
             evaluation.skip(batch[0].file, batch[0].reason)
             continue
-        outputs = model([example.image.to(device).float() for example in batch])
+        with evaluation_autocast(cfg):
+            outputs = model([example.image.to(device).float() for example in batch])
         for (image, _, record), output in zip(batch, outputs):
             found = _rescale(to_detections(output), image.shape[-2:], (record.height, record.width))
             evaluation.add(record.image_id, found.numpy())

@@ -65,9 +65,9 @@ def shared_data() -> Path:
     return TEST_DATA
 
 
-@pytest.fixture(scope="session", params=["tiny", "real"])
+@pytest.fixture(scope="session", params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
 def reference_data(request) -> ReferenceData:
-    """A small set of our own making, which is always there, and the real data sets, which are skipped where absent."""
+    """A small set of our own making, which is always there, and the real data sets: slow, skipped where absent."""
     tests = REPOSITORY / "tests"
     if request.param == "tiny":
         folder, numbers = tests / "tiny_data", tests / "tiny_data/numbers.json"
@@ -119,8 +119,10 @@ def pytest_terminal_summary(terminalreporter, config):
         launches = sum(kernel["launches"] for kernel in kernels.values())
         write(f"emulation : {launches} launches of {len(kernels)} CUDA kernels on the CPU")
     write(f"devices   : cpu{', cuda' if has_gpu else '; no GPU is visible, so no CUDA kernel was run'}")
-    write(f"data      : synthetic, tiny reference data{', real WIDER FACE' if has_data else f'; {NO_TEST_DATA}'}")
-    write(f"selection : {config.getoption('-m') or 'all tests'}")
+    selection = config.getoption("-m")
+    real = "; real data sets only with -m slow" if selection == "not slow" else ", real WIDER FACE and FDDB"
+    write(f"data      : synthetic, tiny reference data{real if has_data else f'; {NO_TEST_DATA}'}")
+    write(f"selection : {selection or 'all tests'}")
     reasons = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

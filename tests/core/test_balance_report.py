@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -276,12 +275,8 @@ def test_absent_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(SystemExit, match="(?s)^balance_report.py: error: .*--annotations FILE"):
         run_tool("--config-file", CONFIGS / "fpn_finest.yaml", "--dataset", "wider_face_train")
-    command = [sys.executable, str(TOOL), "--config-file", str(CONFIGS / "fpn_finest.yaml"), "--dataset", "wider_trian"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert (
-        "balance_report.py: error: --dataset: " in result.stderr and "did you mean 'wider_face_train'" in result.stderr
-    )
+    with pytest.raises(SystemExit, match="^balance_report.py: error: --dataset: .* .did you mean 'wider_face_train'"):
+        run_tool("--config-file", CONFIGS / "fpn_finest.yaml", "--dataset", "wider_trian")
 
 
 def test_real_annotations_agree_with_the_official_text(reference_data):

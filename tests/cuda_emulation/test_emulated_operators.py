@@ -36,6 +36,6 @@ def test_the_operators_tests_pass(repository):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FILES[:3])
 def test_all_of_the_operators_tests_pass(repository, name):
-    """Up to 500 scenes for each of eleven properties, six of larger scenes."""
-    passed, launches, _ = run(repository, [name], 500, "-m", "slow or not slow", "-k", ELSEWHERE)
-    assert passed >= 8 and launches >= 1000
+    """Up to 200 scenes for each of eleven properties, six of larger scenes."""
+    passed, launches, _ = run(repository, [name], 200, "-m", "slow or not slow", "-k", ELSEWHERE)
+    assert passed >= 8 and launches >= 500

@@ -3,8 +3,6 @@
 import importlib.metadata
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 from tv_cases import CONFIGS, SMALL_OPTS
@@ -124,12 +122,6 @@ def test_weights_and_a_picture(tool, tmp_path):
     report = json.loads((tmp_path / "speed.json").read_text())
     check_report(report, num_sizes=2)
     assert report["weights"].endswith("model.pth") and report["input"].endswith("photo.png") and report["threads"] == 1
-
-
-def test_command_line():
-    done = subprocess.run([sys.executable, str(TOOL), "--weights", "nowhere.pth"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("benchmark_model.py: error: MODEL.WEIGHTS is 'nowhere.pth': no such")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ ENGINES = [
 every_config = pytest.mark.parametrize("path", run_configs(), ids=lambda path: str(path.relative_to(CONFIGS)))
 
 # Of the rows that differ in the number of samples alone, the fast suite takes one.
-FAST = ("fpn.yaml", "fpn_finest_stride.yaml", "rpn_c4.yaml", "ohem.yaml", "focal.yaml", "grouped_fast_rcnn.yaml")
+FAST = ("fpn_finest_stride.yaml", "rpn_c4.yaml", "ohem.yaml", "grouped_fast_rcnn.yaml")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

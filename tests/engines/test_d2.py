@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,12 +387,3 @@ def test_yaml_tags_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"evil\.yaml.*python/object"):
         merge_config(cfg, str(path), [])
     assert not (tmp_path / "executed").exists()
-
-
-def test_command_line_says_which_engine(repository):
-    command = [sys.executable, str(repository / "train_net.py"), "--engine", "detectron2", "MODEL.TYPO", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "engine: detectron2" in done.stdout
-    expected = "train_net.py: error: command line: this engine has no key MODEL.TYPO"
-    assert done.stderr.strip().splitlines()[-1].startswith(expected)

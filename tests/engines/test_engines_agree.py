@@ -63,12 +63,18 @@ VARIANTS = {
 }
 
 
-SLOW = ("EfficientNet, P3, frozen",)
+# The fast suite takes one of each sampler, norm and layout.
+FAST = (
+    "uniform, R18, BN",
+    "sampling, repeated, R18, GN, P2 and P3",
+    "FPN-finest-stride, R18, frozen",
+    "OHEM, R18, frozen",
+)
 
 
 @pytest.fixture(
     params=[
-        pytest.param(variant, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(variant, id=name, marks=[] if name in FAST else [pytest.mark.slow])
         for name, variant in VARIANTS.items()
     ]
 )

@@ -68,7 +68,7 @@ def wandb(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["tv", pytest.param("d2", marks=[*ENGINES[1].marks, pytest.mark.slow])])
 def test_watching_a_training_does_not_change_it(engine, tmp_path, wandb):
     """The same weights bit for bit; then everything that was logged, and a resumed run that continues it."""
     run(engine, tmp_path / "alone", *SHORT, "DATASETS.TEST", "()")

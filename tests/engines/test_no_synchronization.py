@@ -202,7 +202,11 @@ def waits_of_detectron2(name, opts=(), change=lambda model: None):
     return dict(waits.found)
 
 
-SINGLE_STAGE = ["fpn_finest_sampling", "fpn_finest_stride", "fpn", "rpn_c4"]
+SINGLE_STAGE = [
+    "fpn_finest_sampling",
+    "fpn_finest_stride",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpn", "rpn_c4")),
+]
 
 
 @pytest.mark.parametrize("name", SINGLE_STAGE)
@@ -223,7 +227,7 @@ def test_readings_of_group_sampling(fill):
     assert waits_of_torchvision(SINGLE_STAGE[0], (*reading, "MODEL.GROUP_SAMPLING.BBOX_REG_LOSS_MEAN", "drawn")) == {}
 
 
-@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
 def test_mixed_precision(waits_of, precision, tmp_path, monkeypatch):
     """With float16 the scaler's part of the step; autocast, which the meta device lacks, does nothing here."""
@@ -233,7 +237,9 @@ def test_mixed_precision(waits_of, precision, tmp_path, monkeypatch):
     assert waits_of(SINGLE_STAGE[0], ("OUTPUT_DIR", str(tmp_path))) == {}
 
 
-@pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])
+@pytest.mark.parametrize(
+    "clip_type", ["full_model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("value", "norm"))]
+)
 @pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
 def test_clipping(waits_of, clip_type, tmp_path):
     clipping = ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type)
@@ -243,7 +249,7 @@ def test_clipping(waits_of, clip_type, tmp_path):
 @pytest.mark.parametrize(
     "key", ["SOLVER.ACCUMULATE_STEPS 2", "SOLVER.EMA.ENABLED True", "MODEL.BACKBONE.RECOMPUTE True"]
 )
-@pytest.mark.parametrize("waits_of", [waits_of_torchvision, waits_of_detectron2])
+@pytest.mark.parametrize("waits_of", [waits_of_torchvision, pytest.param(waits_of_detectron2, marks=pytest.mark.slow)])
 def test_what_makes_a_step_smaller_or_averages_it(waits_of, key, tmp_path):
     assert waits_of(SINGLE_STAGE[0], (*key.split(), "OUTPUT_DIR", str(tmp_path))) == {}
 

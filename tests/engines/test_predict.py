@@ -185,7 +185,9 @@ def test_the_package_loads_torch_only_when_it_is_needed():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-@BOTH
+@pytest.mark.parametrize(
+    "engine", ["torchvision", pytest.param("detectron2", marks=[NEEDS_DETECTRON2, pytest.mark.slow])]
+)
 def test_command_line_writes_every_format(repository, weights, photos, tmp_path, engine):
     """As typed, in a process of its own."""
     output = tmp_path / "out"

@@ -25,6 +25,7 @@ from group_sampling.samplers import AnchorSampler
 
 ENGINES = ["torchvision", "detectron2"]
 BATCH = ["SOLVER.IMS_PER_BATCH", "4", "INPUT.SCALE_JITTER", "(1.0,)"]
+ACCUMULATE = ["SOLVER.ACCUMULATE_STEPS", 2]
 EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.7]
 
 
@@ -252,8 +253,15 @@ def run(engine, folder, end, *opts, resume=True):
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("opts", [EMA, ["SOLVER.ACCUMULATE_STEPS", 2]], ids=["average", "accumulation"])
+@pytest.mark.parametrize(
+    "engine, opts",
+    [
+        pytest.param("torchvision", ACCUMULATE, id="torchvision-accumulation"),
+        pytest.param("torchvision", EMA, id="torchvision-average", marks=pytest.mark.slow),
+        pytest.param("detectron2", ACCUMULATE, id="detectron2-accumulation", marks=pytest.mark.slow),
+        pytest.param("detectron2", EMA, id="detectron2-average"),
+    ],
+)
 def test_resumed_is_uninterrupted_bit_for_bit(engine, opts, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     whole.mkdir()

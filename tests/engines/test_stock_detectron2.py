@@ -235,6 +235,7 @@ def test_unknown_name(tmp_path):
         find_source(trainer_cfg(tmp_path, "nowhere", 1), "nowhere")
 
 
+@pytest.mark.slow
 def test_built_in_sets_are_registered_on_import(tmp_path):
     """In a fresh interpreter, without a file of any of them; class names are known before a set is read."""
     script = """

@@ -153,7 +153,7 @@ def test_detections_are_in_pixels_of_the_original_image(trained, tmp_path):
     assert shown_at[256] > 100  # not left in the corner, where half the coordinates would be
 
 
-@pytest.mark.parametrize("seed", [3, -1])
+@pytest.mark.parametrize("seed", [3, pytest.param(-1, marks=pytest.mark.slow)])
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, seed):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
@@ -333,6 +333,7 @@ def test_parameter_groups_are_detectron2s(tmp_path, norm):
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
 
 
+@pytest.mark.slow
 def test_runs_without_detectron2():
     block = "import sys; sys.modules['detectron2'] = None; import group_sampling.engines.tv.train"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

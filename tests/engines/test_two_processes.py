@@ -98,12 +98,16 @@ def run_two(engine, names, folder, has_nan=False):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
 @pytest.mark.parametrize(
-    "names",
-    [FAST, pytest.param(NAMES, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
-    ids=["paper's detector", "all"],
+    "engine, names",
+    [
+        pytest.param("torchvision", FAST, id="torchvision"),
+        *(pytest.param(engine, NAMES, id=f"{engine}, every config", marks=SLOW) for engine in ENGINES),
+    ],
 )
-@pytest.mark.parametrize("engine", ENGINES)
 def test_a_process_without_faces(tmp_path, engine, names):
     """No hang, and no parameter without a gradient in three iterations; the only image is evaluated once."""
     expected = {name: ["finished", [0, 0, 0]] for name in names}

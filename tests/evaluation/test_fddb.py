@@ -666,6 +666,7 @@ def assert_curves(fddb, detector, last):
     )
 
 
+@pytest.mark.slow
 def test_real_regressors(shared_data, tmp_path):
     pytest.importorskip("h5py", reason="h5py, which reads S3FD's regressor, is not installed")
     evaluator = evaluator_of(shared_data / "fddb", "MTCNN")

@@ -161,6 +161,7 @@ def test_plot_of_many(tmp_path):
     assert many.shape[0] > few.shape[0] + 400 and many.shape[1] < few.shape[1]  # three panels, not All
 
 
+@pytest.mark.slow
 def test_real_curves_have_their_published_ap(shared_data, tmp_path):
     folder = shared_data / "wider/pr_curves_val"
     expected = {}

@@ -1,11 +1,14 @@
 """check_gpu.sh without a GPU: what is missing is named, and a stub device takes it up to the first kernel."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import setuptools
 import torch
 
 from group_sampling.ops import extension_status
@@ -28,10 +31,16 @@ def run(repository, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def with_stub(tmp_path, *, more=""):
+def with_stub(tmp_path):
     (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "sitecustomize.py").write_text(STUB + more)
+    (tmp_path / "stub" / "sitecustomize.py").write_text(STUB)
     return os.pathsep.join([str(tmp_path / "stub"), *sys.path])
+
+
+@pytest.fixture
+def check_gpu(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "projects/GroupSampling/benchmarks"))
+    return importlib.import_module("check_gpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
@@ -43,25 +52,30 @@ def test_what_is_missing_is_named_before_anything_starts(repository, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    "owner, version, message",
     [
-        ("torch.__version__ = '2.9.1'", "expected torch >= 2.10, got 2.9.1"),
-        ("torch.version.cuda = None", "expected torch built for CUDA"),
-        ("import setuptools; setuptools.__version__ = '70.0'", "expected setuptools >= 77, got 70.0"),
+        (torch, "2.9.1", "torch >= 2.10, got 2.9.1"),
+        (torch.version, None, "torch built for CUDA, got "),
+        (setuptools, "70.0", "setuptools >= 77, got 70.0"),
     ],
 )
-def test_old_or_wrong_parts_are_named(repository, tmp_path, more, message):
-    done = run(repository, "--output", tmp_path / "out", PYTHONPATH=with_stub(tmp_path, more=more))
-    assert done.returncode == 1 and message in done.stderr, done.stderr
-    assert not (tmp_path / "out").exists()
+def test_old_or_wrong_parts_are_named(check_gpu, monkeypatch, owner, version, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check_gpu.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
+    assert check_gpu.missing_requirements(build=True) == []
+    monkeypatch.setattr(owner, "cuda" if owner is torch.version else "__version__", version)
+    (missing,) = check_gpu.missing_requirements(build=True)
+    assert missing.startswith(message)
 
 
-def test_a_toolkit_that_is_missing_is_named(repository, tmp_path):
-    environment = {"PYTHONPATH": with_stub(tmp_path), "CUDA_HOME": "/nonexistent"}
-    done = run(repository, "--output", tmp_path / "out", **environment)
-    assert done.returncode == 1 and "CUDA kernels cannot be built" in done.stderr, done.stderr
+def test_a_toolkit_that_is_missing_is_named(check_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    (missing,) = check_gpu.missing_requirements(build=True)
+    assert "CUDA kernels cannot be built" in missing
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not extension_status().loaded, reason="the extension is not built")
 def test_with_a_stub_device_every_step_reports(repository, tmp_path):
     """A step that fails does not keep the others from running, and the report holds all of them."""
@@ -86,17 +100,11 @@ def test_with_a_stub_device_every_step_reports(repository, tmp_path):
     assert "| equality | failed" in done.stdout and "| n; m | images | N |" in done.stdout
 
 
-def test_the_tests_to_run_exist(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "projects/GroupSampling/benchmarks"))
-    import check_gpu
-
+def test_the_tests_to_run_exist(repository, check_gpu):
     assert all((repository / path).exists() for path in check_gpu.TESTS)
 
 
-def test_a_step_ends_at_its_limit(repository, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "projects/GroupSampling/benchmarks"))
-    import check_gpu
-
+def test_a_step_ends_at_its_limit(check_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(check_gpu, "DEFAULT_MINUTES", 1 / 60)
     # The shell's child holds the output open: the limit has to end it as well.
     step = {"name": "endless", "commands": [["sh", "-c", "sleep 600 & sleep 600"]], "environment": dict(os.environ)}
@@ -106,7 +114,7 @@ def test_a_step_ends_at_its_limit(repository, tmp_path, monkeypatch):
     assert (skipped["status"], skipped["reason"]) == ("skipped", "not installed: pytest")
 
 
-def test_an_unknown_step_is_named(repository, tmp_path):
-    arguments = ("--output", tmp_path / "out", "--no-build", "--only", "memchek")
-    done = run(repository, *arguments, PYTHONPATH=with_stub(tmp_path))
-    assert done.returncode == 1 and "expected steps among equality, figures" in done.stderr
+def test_an_unknown_step_is_named(check_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check_gpu.main(["--output", str(tmp_path / "out"), "--no-build", "--only", "memchek"]) == 1
+    assert "expected steps among equality, figures" in capsys.readouterr().err

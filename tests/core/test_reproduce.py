@@ -289,6 +289,14 @@ def test_leaving_early_ends_what_runs(tmp_path, monkeypatch):
     assert terminate.count == 1
 
 
+def test_the_progress_in_a_file_is_short(tmp_path, monkeypatch, capsys):
+    """Not a line for each look at the jobs, of which a night has tens of thousands."""
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.01)
+    job = jobs.Job("job", [sys.executable, "-c", "import time; time.sleep(0.5)"], tmp_path / "job")
+    (outcome,) = jobs.run_jobs([job], working_directory=tmp_path)
+    assert not outcome.error and 1 <= capsys.readouterr().err.count("\r") <= 4
+
+
 class _Recorder:
     def __init__(self, method):
         self.method, self.count = method, 0

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from .runs import parse_metrics
 
 POLL_SECONDS = 1.0
+FILE_SECONDS = 60.0  # between two lines of the progress in a file
 _TRAINING_SHARE = 0.95  # of a job's time; the rest is its evaluation
 _TAIL_BYTES = 8192  # holds the last lines of metrics.json
 _ERROR_LINES = 20
@@ -55,7 +57,7 @@ def run_jobs(
     """
     waiting = list(reversed(jobs))
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
-    num_done = 0
+    num_done, next_line = 0, 0.0
     layout = "{desc} {percentage:5.1f} %|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=len(jobs), bar_format=layout, smoothing=0, dynamic_ncols=True, disable=not jobs) as bar:
         try:
@@ -73,7 +75,9 @@ def run_jobs(
                 bar.set_description(f"[{num_done}/{len(jobs)}]", refresh=False)
                 bar.set_postfix_str("; ".join(f"{job.title} {state}" for job, _, state in states), refresh=False)
                 bar.n = num_done + _TRAINING_SHARE * sum(share for _, share, _ in states)
-                bar.refresh()
+                if sys.stderr.isatty() or time.monotonic() >= next_line:
+                    bar.refresh()
+                    next_line = time.monotonic() + FILE_SECONDS
         finally:
             for process in running:
                 process.terminate()

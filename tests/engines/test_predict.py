@@ -176,6 +176,7 @@ def test_the_model_itself_takes_uint8_and_refuses_the_wrong_range(weights):
         model([torch.zeros(3, 64, 64)])  # black is black in either range
 
 
+@pytest.mark.slow
 def test_the_package_loads_torch_only_when_it_is_needed():
     script = (
         "import sys, group_sampling; assert 'torch' not in sys.modules; "

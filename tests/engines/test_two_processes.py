@@ -13,7 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tv_cases import CONFIGS, SMALL_OPTS, run_configs
 
 NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in run_configs()]
-FAST = ("fpn_finest_sampling",)
 ENGINES = ("torchvision", "detectron2")
 # One image to evaluate, and to compute a loss of, for two processes.
 OPTS = [*SMALL_OPTS, "DATASETS.SYNTHETIC.NUM_VAL", "1", "TEST.VALIDATION_LOSS", "True", "TEST.EVAL_PERIOD", "2"]
@@ -98,21 +97,14 @@ def run_two(engine, names, folder, has_nan=False):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.mark.parametrize(
-    "engine, names",
-    [
-        pytest.param("torchvision", FAST, id="torchvision"),
-        *(pytest.param(engine, NAMES, id=f"{engine}, every config", marks=SLOW) for engine in ENGINES),
-    ],
-)
-def test_a_process_without_faces(tmp_path, engine, names):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_without_faces(tmp_path, engine):
     """No hang, and no parameter without a gradient in three iterations; the only image is evaluated once."""
-    expected = {name: ["finished", [0, 0, 0]] for name in names}
-    assert run_two(engine, names, tmp_path) == [expected, expected]
-    for name in names:
+    expected = {name: ["finished", [0, 0, 0]] for name in NAMES}
+    assert run_two(engine, NAMES, tmp_path) == [expected, expected]
+    for name in NAMES:
         folder = tmp_path / name / "inference/synthetic_faces_val"
         assert json.loads((folder / "results.json").read_text())["counts"]["images"] == 1, name
         assert len(list((folder / "predictions").rglob("*.txt"))) == 1, name
@@ -126,8 +118,9 @@ def test_a_process_without_faces(tmp_path, engine, names):
 @pytest.mark.slow
 def test_nan_on_one_process_stops_detectron2_everywhere(tmp_path):
     """The torchvision engine's is in test_tv_train.py."""
-    findings = run_two("detectron2", FAST, tmp_path, has_nan=True)
-    (main, steps), (other, other_steps) = (of_rank[FAST[0]] for of_rank in findings)
+    name = "fpn_finest_sampling"
+    findings = run_two("detectron2", [name], tmp_path, has_nan=True)
+    (main, steps), (other, other_steps) = (of_rank[name] for of_rank in findings)
     assert "iteration 0: the loss of another process is not finite" in main and "synthetic://train/" in main
     assert "iteration 0: the loss of this process is not finite" in other and "nan" in other
     assert steps == other_steps == [], "a weight was changed"

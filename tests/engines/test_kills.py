@@ -62,9 +62,17 @@ def start(engine, folder, processes, *, resume=False):
     return run
 
 
-def end(run, seconds=600):
-    """Wait for the processes of a run to end by themselves; returns their exit codes."""
+def end(run, seconds=600, victim=None):
+    """Wait for the processes of a run to end; returns their exit codes.
+
+    Those that wait for a ``victim`` to come, which was killed before, get SIGTERM, as torchrun would send it at once.
+    """
     limit = time.monotonic() + seconds
+    if victim is not None:
+        victim.join()
+        for process in run:
+            process.join(20)
+            process.terminate()
     for process in run:
         process.join(max(limit - time.monotonic(), 0))
         if process.is_alive():
@@ -134,7 +142,7 @@ def test_killed_at_random_moments(tmp_path, engine, processes):
         time.sleep(moments.uniform(0, duration))
         victim = moments.randrange(processes)
         run[victim].kill()  # SIGKILL, or nothing where it was quicker than the last time
-        moment = "hit" if end(run)[victim] == -signal.SIGKILL else "came too late"
+        moment = "hit" if end(run, victim=run[victim])[victim] == -signal.SIGKILL else "came too late"
         resumed = start(engine, broken, processes, resume=True)
         assert set(end(resumed)) == {0}, (broken / "stdout0.txt").read_text()[-3000:]
         assert not differences(contents(broken), expected), f"kill {kill}"

@@ -162,6 +162,26 @@ def test_resume_says_what_changed_and_refuses_what_cannot_be(tmp_path, engine, c
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_killed_before_the_final_checkpoint(tmp_path, engine):
+    """All steps are done, and the last periodic checkpoint is written: --resume writes the file that is missing."""
+    main = engine_main(engine)
+    opts = ["SOLVER.MAX_ITER", 2, "SOLVER.EMA.ENABLED", True]
+    train(main, tmp_path, *opts)
+    final, last = tmp_path / "model_final.pth", tmp_path / "last_checkpoint"
+    expected = torch.load(final, weights_only=True)
+    final.unlink()
+    last.write_text("model_0000001.pth")
+    train(main, tmp_path, *opts, resume=True)
+    found = torch.load(final, weights_only=True)
+    assert last.read_text() == "model_final.pth" and found["iteration"] == expected["iteration"] == 1
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
+    written = final.stat().st_mtime_ns
+    train(main, tmp_path, *opts, resume=True)
+    assert final.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_damaged_and_useless_weights_are_refused(tmp_path, engine):
     main = engine_main(engine)
     train(main, tmp_path, "SOLVER.MAX_ITER", 1)

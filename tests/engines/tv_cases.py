@@ -10,6 +10,7 @@ import yaml
 
 from group_sampling.engines.build import build_training_loader, load_records
 from group_sampling.engines.step import TrainingStep
+from group_sampling.files import write_atomically
 
 CONFIGS = Path(__file__).resolve().parents[2] / "projects/GroupSampling/configs"
 
@@ -73,7 +74,7 @@ def d2_setup(args: Namespace):
 
 def write_tiny_config(folder: Path) -> str:
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
+    write_atomically(path, yaml.safe_dump(TINY).encode())  # the processes of a run write it at a time
     return str(path)
 
 

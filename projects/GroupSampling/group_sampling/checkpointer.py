@@ -58,6 +58,11 @@ class CheckpointMixin(Checkpointer):
         if path:
             self.tag_last_checkpoint(os.path.basename(path))
 
+    def complete(self, start_iter: int, max_iter: int) -> None:
+        """Write ``model_final.pth`` where a training was killed after its last checkpoint and before that file."""
+        if start_iter == max_iter and not os.path.isfile(os.path.join(self.save_dir, "model_final.pth")):
+            self.save("model_final", iteration=max_iter - 1)
+
     def write(self, name: str, **kwargs: Any) -> str:
         """Write ``<save_dir>/<name>.pth``; an interrupted one leaves the previous file as it was.
 

@@ -207,6 +207,7 @@ class Trainer(DefaultTrainer):
 
     @stop.handler.deferred()
     def train(self):
+        self.checkpointer.complete(self.start_iter, self.max_iter)
         return super().train()
 
     def after_step(self) -> None:

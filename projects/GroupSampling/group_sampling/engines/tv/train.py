@@ -114,6 +114,7 @@ def train(cfg: CfgNode, model: GroupSamplingRCNN, device: torch.device, *, resum
     resume = resume and checkpointer.has_checkpoint()
     start_iter = saved["iteration"] + 1 if resume else 0
     check_start(cfg, start_iter)
+    checkpointer.complete(start_iter, max_iter)
     periodic_checkpointer = PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
 
     model.set_iteration(start_iter)  # also with the weights of another run, or of a checkpoint without the count

@@ -353,7 +353,7 @@ def test_demo_from_end_to_end(tmp_path, repository):
         "--json",
         str(tmp_path / "seeds.json"),
         "SOLVER.MAX_ITER",
-        "10",
+        "40",
         "SOLVER.STEPS",
         "()",
         "DATASETS.SYNTHETIC.NUM_VAL",

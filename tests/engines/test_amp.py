@@ -9,6 +9,7 @@ from tv_cases import CONFIGS, SMALL_OPTS, arguments, d2_setup, first_step, gradi
 import group_sampling.engines.step as step
 import group_sampling.engines.tv.train as tv_train
 from group_sampling.config import ConfigError
+from group_sampling.detections import Detections
 from group_sampling.engines.build import build_training_loader, load_records, training_precision
 from group_sampling.engines.step import TrainingStep
 from group_sampling.engines.tv.config import load_config
@@ -144,3 +145,12 @@ def test_an_evaluation_that_the_device_cannot_do(engine, tmp_path):
     args = arguments(tmp_path, "TEST.PRECISION", "float16")
     with pytest.raises(ConfigError, match=r"^TEST\.PRECISION: expected 'bfloat16' .*, got 'float16'"):
         train_module(engine).main(args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_16_bits_can_be_written(dtype):
+    """As Detectron2's own heads have them in such an evaluation."""
+    scores = torch.tensor([0.75, 0.5], dtype=dtype)
+    found = Detections(torch.zeros(2, 4, dtype=torch.float64), scores).numpy()
+    assert found.scores.dtype == np.float32 and found.scores.tolist() == [0.75, 0.5]
+    assert found.boxes.dtype == np.float64

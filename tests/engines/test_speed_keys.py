@@ -34,7 +34,10 @@ EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.7]
     "key, norm",
     [
         *itertools.product(["MODEL.CHANNELS_LAST", "MODEL.BACKBONE.RECOMPUTE"], ["FrozenBN", "BN", "GN"]),
-        pytest.param("MODEL.BACKBONE.COMPILE", "BN", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        *(
+            pytest.param("MODEL.BACKBONE.COMPILE", norm, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+            for norm in ("FrozenBN", "BN", "GN")
+        ),
     ],
 )
 @pytest.mark.parametrize("engine", ENGINES)

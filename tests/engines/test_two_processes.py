@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tv_cases import CONFIGS, SMALL_OPTS, run_configs
 
-# The points of Figure 4 differ from Table 1's rows in the number of samples alone.
-NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in run_configs() if path.parent.name != "figure4"]
+NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in run_configs()]
 ENGINES = ("torchvision", "detectron2")
 # One image to evaluate, and to compute a loss of, for two processes.
 OPTS = [*SMALL_OPTS, "DATASETS.SYNTHETIC.NUM_VAL", "1", "TEST.VALIDATION_LOSS", "True", "TEST.EVAL_PERIOD", "2"]

@@ -38,7 +38,7 @@ def check_scene(scene, device):
 
 
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=examples(1000))
+@settings(max_examples=examples(2000))
 @given(scene=scenes())
 def test_matches_the_oracle(device, scene):
     check_scene(scene, device)
@@ -47,7 +47,7 @@ def test_matches_the_oracle(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=examples(3000))
+@settings(max_examples=examples(6000))
 @given(scene=scenes(max_cells=600, max_faces=25))
 def test_matches_the_oracle_on_larger_scenes(device, scene):
     check_scene(scene, device)

@@ -65,7 +65,7 @@ def check_scene(scene, device, walk):
 
 
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=examples(350))
+@settings(max_examples=examples(700))
 @given(scene=scenes())
 def test_counts_and_equality(device, scene):
     check_scene(scene, device, walk=False)
@@ -81,7 +81,7 @@ def test_draws_what_the_walk_of_the_permutation_draws(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=examples(3000))
+@settings(max_examples=examples(6000))
 @given(scene=scenes(max_cells=600, max_faces=25))
 def test_counts_and_equality_on_larger_scenes(device, scene):
     check_scene(scene, device, walk=False)
@@ -90,7 +90,7 @@ def test_counts_and_equality_on_larger_scenes(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=examples(2500))
+@settings(max_examples=examples(5000))
 @given(scene=scenes(max_cells=120, max_faces=12))
 def test_draws_what_the_walk_draws_on_many_scenes(device, scene):
     check_scene(scene, device, walk=True)
@@ -133,7 +133,7 @@ def test_group_ids_in_any_order(device, scene):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two of CPU time, which a busy machine may not give
 @pytest.mark.parametrize("device", devices())
-@settings(max_examples=examples(2500))
+@settings(max_examples=examples(5000))
 @given(scene=scenes(max_cells=120, max_faces=12))
 def test_group_ids_in_any_order_on_many_scenes(device, scene):
     check_group_ids(scene, device)

@@ -51,4 +51,8 @@ def map_lists(function: Callable[..., Detections], *parts: Detections) -> Detect
 def _to_numpy(column: Any) -> Any:
     if column is None:
         return None
-    return np.asarray(column.detach().cpu() if hasattr(column, "detach") else column)
+    if not hasattr(column, "detach"):
+        return np.asarray(column)
+    column = column.detach().cpu()
+    # NumPy has no bfloat16, in which other heads score under TEST.PRECISION.
+    return np.asarray(column.float() if column.is_floating_point() and column.element_size() == 2 else column)
